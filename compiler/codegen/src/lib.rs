@@ -1,0 +1,19 @@
+//! Kernel IR to machine code. Knows CPUs; knows nothing of graphs.
+//!
+//! Generated code is a function of the kernel, the [`Target`] and the emitter version, and all emitters agree with the interpreter
+//! bit for bit (payloads of NaN excepted).
+
+mod emitter;
+mod host;
+mod inspect;
+mod interp;
+mod memory;
+mod module;
+mod portable;
+mod target;
+
+pub use emitter::{Allowed, Code, Emitter, Refusal, emitters};
+pub use host::host;
+pub use inspect::{assemble, disassemble};
+pub use module::{CodegenError, Compiled, Entry, Module, compile};
+pub use target::{Arch, Feature, Target, TargetError};

@@ -1,0 +1,2 @@
+//! The compiler command.
+fn main() {}

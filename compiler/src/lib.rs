@@ -1,0 +1,16 @@
+//! From a model configuration to an execution plan: a list of passes that can be read aloud.
+//!
+//! The result is data; nothing here runs a model, and nothing here generates machine code.
+
+mod assemble;
+mod fuse;
+pub mod memory;
+pub mod passes;
+pub mod pipeline;
+mod rebuild;
+pub mod update;
+
+pub use fuse::Decisions;
+pub use passes::dual::Scheme;
+pub use pipeline::{CompileError, EntryKind, EntrySpec, Options, compile, compile_graphs};
+pub use update::UpdateRule;

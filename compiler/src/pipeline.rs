@@ -1,0 +1,318 @@
+//! The stages of compilation, in order.
+
+use std::{
+    collections::{HashMap, HashSet},
+    error, fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use chimera_frontends::{
+    config::{ModelConfig, ParamKind, parameters},
+    layers::{Depth, Form, Shape},
+    models::chimera::{self, Head},
+};
+use chimera_ir::{
+    Graph,
+    ops::InferError,
+    plan::{Plan, WeightKind},
+};
+
+use crate::{
+    assemble::Assembler,
+    fuse::{Decisions, fuse},
+    passes::{
+        Budget, COMBINE, Pass, SIMPLIFY, STAGES,
+        dual::{self, Scheme},
+        hoist::Prepare,
+    },
+    rebuild::sweep,
+    update::{self, Target, UpdateRule},
+};
+
+/// A way into the plan.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EntryKind {
+    /// `loss`: mean cross-entropy of each row, from fresh states.
+    Loss,
+    /// `logits`: all logits, states carried.
+    Logits,
+    /// `prefill`: states only, in chunks.
+    Prefill,
+    /// `decode`: one token, states carried.
+    Decode,
+    /// `dual_loss`: the loss under all probes of a scheme.
+    DualLoss(Scheme),
+    /// `update`: the step of a scheme.
+    Update(Scheme, UpdateRule),
+}
+
+impl EntryKind {
+    /// The name of the entry point in the plan.
+    pub fn name(&self) -> &'static str {
+        match self {
+            EntryKind::Loss => "loss",
+            EntryKind::Logits => "logits",
+            EntryKind::Prefill => "prefill",
+            EntryKind::Decode => "decode",
+            EntryKind::DualLoss(_) => "dual_loss",
+            EntryKind::Update(..) => "update",
+        }
+    }
+}
+
+/// One entry point and its shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EntrySpec {
+    /// Which.
+    pub kind: EntryKind,
+    /// Batch rows.
+    pub rows: usize,
+    /// Tokens of a row.
+    pub tokens: usize,
+    /// Loop depth; the configuration's default when absent.
+    pub depth: Option<Depth>,
+}
+
+/// How to compile.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the target.
+    pub target: String,
+    /// Entry points.
+    pub entries: Vec<EntrySpec>,
+    /// Weights that probes reach and updates change; all that can be trained when absent.
+    pub trainable: Option<HashSet<String>>,
+    /// Stop behind the stage of that name, see [`STAGES`].
+    pub stop_after: Option<String>,
+    /// Write every stage's graph into this folder.
+    pub dump: Option<PathBuf>,
+    /// The number of rewrites that passes may do.
+    pub max_rewrites: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            target: "host".to_owned(),
+            entries: vec![],
+            trainable: None,
+            stop_after: None,
+            dump: None,
+            max_rewrites: u64::MAX,
+        }
+    }
+}
+
+/// Why there is no plan.
+#[derive(Debug)]
+pub enum CompileError {
+    /// An operation refused its operands: the configuration asks for something that does not fit together.
+    Infer {
+        /// Entry point.
+        entry: String,
+        /// Stage.
+        stage: &'static str,
+        /// The refusal.
+        error: InferError,
+    },
+    /// An option has no meaning.
+    Option(String),
+    /// A dump could not be written.
+    Dump(PathBuf, io::Error),
+    /// Compilation ended early because it was asked to; the graphs as text.
+    Stopped(String),
+}
+
+impl fmt::Display for CompileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CompileError::Infer { entry, stage, error } => write!(f, "entry point {entry}, stage {stage}: {error}"),
+            CompileError::Option(why) => f.write_str(why),
+            CompileError::Dump(path, error) => write!(f, "cannot write {}: {error}", path.display()),
+            CompileError::Stopped(_) => f.write_str("stopped as asked"),
+        }
+    }
+}
+
+impl error::Error for CompileError {}
+
+/// Compile a model.
+///
+/// # Errors
+/// When an entry point cannot be built for the configuration, an option is unknown, or a dump cannot be written; and
+/// [`CompileError::Stopped`] when `stop_after` names a stage before the last.
+pub fn compile(cfg: &ModelConfig, options: &Options) -> Result<Plan, CompileError> {
+    if let Some(stage) = &options.stop_after {
+        if !STAGES.contains(&stage.as_str()) {
+            return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
+        }
+    }
+    let kinds = weight_kinds(cfg);
+    let mut graphs = vec![];
+    for spec in &options.entries {
+        let name = spec.kind.name();
+        let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
+        let build = |head, form, carry| chimera::graph(cfg, shape(cfg, spec, form, carry), head).map_err(fail("build"));
+        let g = match &spec.kind {
+            EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
+            EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
+            EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
+            EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
+            EntryKind::Update(scheme, rule) => {
+                let targets = targets(cfg, options);
+                update::graph(scheme, rule, scheme.members(spec.rows), &targets).map_err(fail("build"))?
+            }
+        };
+        graphs.push((spec.kind.clone(), spec.rows, g));
+    }
+    let mut plan = Plan { config: cfg.to_json().to_string(), target: options.target.clone(), ..Plan::default() };
+    for spec in &options.entries {
+        plan.options.push((spec.kind.name().to_owned(), format!("rows={} tokens={} {:?}", spec.rows, spec.tokens, spec.depth)));
+    }
+    compile_graphs(plan, graphs, &kinds, options)
+}
+
+fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
+    let default = Depth::Fixed(cfg.looping.as_ref().map_or(1, |l| l.default));
+    Shape { rows: spec.rows, tokens: spec.tokens, form, carry, depth: spec.depth.unwrap_or(default) }
+}
+
+/// The kind of every weight of a model.
+pub fn weight_kinds(cfg: &ModelConfig) -> HashMap<String, WeightKind> {
+    parameters(cfg).into_iter().map(|p| (p.name, kind(p.kind))).collect()
+}
+
+fn kind(kind: ParamKind) -> WeightKind {
+    match kind {
+        ParamKind::Ternary => WeightKind::Ternary,
+        ParamKind::Matrix => WeightKind::Matrix,
+        ParamKind::Embedding => WeightKind::Embedding,
+        ParamKind::Vector => WeightKind::Vector,
+        ParamKind::Buffer => WeightKind::Buffer,
+    }
+}
+
+fn targets(cfg: &ModelConfig, options: &Options) -> Vec<Target> {
+    let wanted = |name: &str| options.trainable.as_ref().is_none_or(|set| set.contains(name));
+    parameters(cfg)
+        .into_iter()
+        .filter(|p| wanted(&p.name))
+        .map(|p| Target { name: p.name, dims: p.dims, kind: kind(p.kind) })
+        .collect()
+}
+
+/// Compile graphs of any origin; `plan` gives what is known already.
+///
+/// # Errors
+/// See [`compile`].
+pub fn compile_graphs(
+    plan: Plan,
+    graphs: Vec<(EntryKind, usize, Graph)>,
+    kinds: &HashMap<String, WeightKind>,
+    options: &Options,
+) -> Result<Plan, CompileError> {
+    let trainable: HashSet<String> = match &options.trainable {
+        Some(set) => set.clone(),
+        None => kinds.iter().filter(|(_, k)| **k != WeightKind::Buffer).map(|(n, _)| n.clone()).collect(),
+    };
+    let mut stages = Stages { options, budget: Budget(options.max_rewrites), n: 0, text: String::new() };
+    let mut prepare = Prepare::default();
+    let mut entries = vec![];
+    for (kind, rows, g) in graphs {
+        let name = kind.name();
+        stages.show("build", name, &g)?;
+        let mut g = stages.all(&SIMPLIFY, name, g)?;
+        let mut shared = (0, 0);
+        if let EntryKind::DualLoss(scheme) = &kind {
+            let probed = dual::probe(&g, scheme, rows, kinds, &trainable).map_err(Stages::error("transform", name))?;
+            (g, shared) = (probed.graph, probed.shared);
+            stages.show("transform", name, &g)?;
+            for pass in &SIMPLIFY {
+                g = stages.run(pass, name, g)?;
+            }
+        }
+        stages.show("simplify", name, &g)?;
+        g = stages.all(&COMBINE, name, g)?;
+        // Duplicates that moving weights has made.
+        for pass in &SIMPLIFY[2..] {
+            g = stages.run(pass, name, g)?;
+        }
+        if !matches!(kind, EntryKind::Update(..)) {
+            g = sweep(&prepare.hoist(&g).map_err(Stages::error("hoist", name))?);
+        }
+        stages.show("hoist", name, &g)?;
+        entries.push((name, g, shared));
+    }
+    let prepare = sweep(&prepare.finish());
+    if !prepare.outputs.is_empty() {
+        entries.insert(0, ("prepare", prepare, (0, 0)));
+    }
+    stages.stop("hoist")?;
+    let mut assembler = Assembler::new(plan, kinds);
+    for (name, g, shared) in entries {
+        let mut decisions = Decisions::new();
+        let items = fuse(&g, &mut stages.budget, &mut decisions);
+        if options.stop_after.as_deref() == Some("fuse") {
+            stages.text += &format!("entry {name}\n{items:#?}\n");
+            continue;
+        }
+        assembler.entry(name, &g, &items, decisions, shared);
+    }
+    stages.stop("fuse")?;
+    let plan = assembler.finish();
+    Ok(plan)
+}
+
+/// Runs passes with verification, dumps, and the wish to stop.
+struct Stages<'a> {
+    options: &'a Options,
+    budget: Budget,
+    n: usize,
+    text: String,
+}
+
+impl Stages<'_> {
+    fn error(stage: &'static str, entry: &str) -> impl FnOnce(InferError) -> CompileError {
+        let entry = entry.to_owned();
+        move |error| CompileError::Infer { entry, stage, error }
+    }
+
+    fn run(&mut self, pass: &Pass, entry: &str, g: Graph) -> Result<Graph, CompileError> {
+        let g = (pass.run)(&g, &mut self.budget).map_err(Self::error(pass.name, entry))?;
+        g.verify().map_err(Self::error(pass.name, entry))?;
+        Ok(g)
+    }
+
+    fn all(&mut self, passes: &[Pass], entry: &str, mut g: Graph) -> Result<Graph, CompileError> {
+        for pass in passes {
+            g = self.run(pass, entry, g)?;
+            self.show(pass.name, entry, &g)?;
+        }
+        Ok(g)
+    }
+
+    /// Dump a graph if asked, and keep it if compilation stops here.
+    fn show(&mut self, stage: &'static str, entry: &str, g: &Graph) -> Result<(), CompileError> {
+        if let Some(dir) = &self.options.dump {
+            self.n += 1;
+            write_dump(dir, &format!("{:03}-{entry}-{stage}.txt", self.n), &g.to_string())?;
+        }
+        if self.options.stop_after.as_deref() == Some(stage) {
+            self.text += &format!("entry {entry}\n{g}\n");
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, last: &str) -> Result<(), CompileError> {
+        let position = |name: &str| STAGES.iter().position(|s| *s == name);
+        match &self.options.stop_after {
+            Some(stage) if position(stage) <= position(last) => Err(CompileError::Stopped(std::mem::take(&mut self.text))),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn write_dump(dir: &Path, name: &str, text: &str) -> Result<(), CompileError> {
+    let path = dir.join(name);
+    fs::create_dir_all(dir).and_then(|()| fs::write(&path, text)).map_err(|e| CompileError::Dump(path, e))
+}

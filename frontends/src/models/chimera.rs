@@ -1,0 +1,106 @@
+//! The Chimera 5.x backbone as graphs, one for each entry point (semantics 1).
+
+use chimera_ir::{
+    Graph, Type, Value,
+    ops::{CrossEntropy, Embed, Linear, LossMean, PackPanels, Positions, RopeTable, RopeScaling},
+};
+
+use crate::{
+    config::ModelConfig,
+    layers::{Built, Depth, Net, Shape, Stream},
+};
+
+/// What an entry point returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Head {
+    /// `hidden [R, T, d]` after the final norm and `logits [R, T, V]`.
+    Logits,
+    /// `hidden` only; what prefill needs is the state.
+    Hidden,
+    /// `losses [R]` and `loss [1]`, in nats; takes `labels` (-100 is ignored).
+    Loss,
+}
+
+/// The graph of one entry point.
+///
+/// Inputs: `tokens` and `seg` (`i32 [R, T]`; a new document starts where `seg` changes), `labels` for a loss, `depth` (`i32 [R]`) for
+/// rows of their own loop depth. Other outputs: `load.*` tokens per expert, `surprise.*`, `knot.*`, `loops`.
+pub fn graph(cfg: &ModelConfig, shape: Shape, head: Head) -> Built<Graph> {
+    let mut net = Net::new(cfg, shape);
+    let tokens = Type::i32(&[shape.rows, shape.tokens]);
+    net.g.at("embed");
+    let ids = net.g.input("tokens", tokens.clone());
+    let seg = net.g.input("seg", tokens.clone());
+    let table = net.param("embed.weight", &[cfg.vocab_size, cfg.hidden_size]);
+    let pos = net.positions(seg)?;
+    let emb = net.op(Embed {}, &[ids, table])?;
+    let rope = match net.titans_in(0..=cfg.layers.len() - 1) {
+        true => Some(net.rope_table(pos)?),
+        false => None,
+    };
+    let stream = Stream { pos, emb, rope };
+    let depth = match (shape.depth, &cfg.looping) {
+        (Depth::PerRow { .. }, Some(_)) => Some(net.g.input("depth", Type::i32(&[shape.rows]))),
+        _ => None,
+    };
+    let mut x = emb;
+    match &cfg.looping {
+        None => {
+            for layer in 0..cfg.layers.len() {
+                x = net.block(layer, x, stream)?;
+            }
+        }
+        Some(l) => {
+            for layer in l.prelude[0]..=l.prelude[1] {
+                x = net.block(layer, x, stream)?;
+            }
+            x = net.looped(l, x, stream, depth)?;
+            for layer in l.coda[0]..=l.coda[1] {
+                x = net.block(layer, x, stream)?;
+            }
+        }
+    }
+    net.g.at("head");
+    let h = net.rms_norm(x, Some("norm.weight"))?;
+    match head {
+        Head::Hidden => net.g.outputs.push(("hidden".into(), h)),
+        Head::Logits => {
+            let panels = net.op(PackPanels {}, &[table])?;
+            let z = net.op(Linear { m: cfg.vocab_size, grouped_rows: false }, &[h, panels])?;
+            net.g.outputs.extend([("hidden".into(), h), ("logits".into(), z)]);
+        }
+        Head::Loss => {
+            let labels = net.g.input("labels", tokens);
+            let panels = net.op(PackPanels {}, &[table])?;
+            let nll = net.op(CrossEntropy { vocab: cfg.vocab_size }, &[h, panels, labels])?;
+            let outs = net.g.ops(LossMean {}, &[nll, labels])?;
+            net.g.outputs.extend([("losses".into(), outs[0]), ("loss".into(), outs[1])]);
+        }
+    }
+    let side = std::mem::take(&mut net.side);
+    net.g.outputs.extend(side);
+    net.g.verify()?;
+    Ok(net.g)
+}
+
+impl Net<'_> {
+    fn positions(&mut self, seg: Value) -> Built {
+        let carry = self.shape.carry;
+        let rows = Type::i32(&[self.shape.rows]);
+        let mut ins = vec![seg];
+        let names = ["pos", "seg"];
+        if carry {
+            ins.extend(names.map(|n| self.g.state(n, rows.clone())));
+        }
+        let outs = self.g.ops(Positions { carry }, &ins)?;
+        self.g.writes.extend(names.iter().zip(&outs[1..]).map(|(n, &v)| ((*n).to_owned(), v)));
+        Ok(outs[0])
+    }
+
+    fn rope_table(&mut self, pos: Value) -> Built<(Value, Value)> {
+        let theta = self.cfg.titans.rope_theta as f32;
+        let op = RopeTable { dim: self.cfg.head_dim, theta, scaling: RopeScaling::None };
+        let outs = self.g.ops(op, &[pos])?;
+        Ok((outs[0], outs[1]))
+    }
+}

@@ -1,0 +1,3 @@
+//! Models: which layers, in which order, with which ways in.
+
+pub mod chimera;

@@ -1,0 +1,400 @@
+//! Operations. One file each; the list at the bottom of this module is the only other place.
+
+use std::{error, fmt};
+
+use crate::{
+    DType, Graph, Tensor, Type, Value,
+    loops::Expr,
+    lower::Lower,
+};
+
+mod balance;
+mod binary;
+mod combine;
+mod dispatch;
+mod efla_beta;
+mod embed_rank;
+mod gated_delta;
+mod gather_rows;
+mod heads;
+mod loop_exit;
+mod loop_mask;
+mod low_rank_grad;
+mod mean_abs;
+mod member_dot;
+mod mlstm;
+mod positions;
+mod probe;
+mod random;
+mod rank_update;
+mod rms_scalar;
+mod rope;
+mod rope_table;
+mod route;
+mod row_rms;
+mod short_conv;
+mod span_knot;
+mod stack;
+mod titans_memory;
+mod unary;
+mod weighted_sum;
+
+pub use self::{
+    balance::Balance,
+    binary::{Binary, BinaryFn},
+    combine::Combine,
+    dispatch::Dispatch,
+    efla_beta::EflaBeta,
+    embed_rank::EmbedRank,
+    gated_delta::GatedDelta,
+    gather_rows::GatherRows,
+    loop_exit::LoopExit,
+    loop_mask::LoopMask,
+    low_rank_grad::LowRankGrad,
+    mean_abs::MeanAbs,
+    member_dot::MemberDot,
+    mlstm::Mlstm,
+    positions::Positions,
+    probe::Probe,
+    random::{Distribution, Random, box_muller, philox, stream_id},
+    rank_update::RankUpdate,
+    rms_scalar::RmsScalar,
+    rope::Rope,
+    rope_table::{RopeScaling, RopeTable},
+    route::Route,
+    row_rms::RowRms,
+    short_conv::ShortConv,
+    span_knot::{Relaxed, SpanKnot},
+    stack::Stack,
+    titans_memory::TitansMemory,
+    unary::{Unary, UnaryFn},
+    weighted_sum::WeightedSum,
+};
+
+/// Everything the project knows about one operation.
+///
+/// The tests visit every operation through [`Op::samples`], so an operation that compiles is also shape-checked, evaluated, lowered
+/// and run on every emitter.
+pub trait OpDef: Clone + fmt::Debug + PartialEq + Into<Op> {
+    /// The name used in text, plans and diagnostics.
+    const NAME: &'static str;
+
+    /// The result types, or why there are none.
+    fn infer(&self, ins: &[Type]) -> Result<Vec<Type>, InferError>;
+
+    /// The reference semantics: obvious loops, no cleverness. Operand types were accepted by `infer`.
+    fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor>;
+
+    /// Append the vector-Jacobian product: one gradient per operand, `None` where it is zero.
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let _ = cx;
+        Err(InferError::new(Self::NAME, "not differentiable yet"))
+    }
+
+    /// Arithmetic of one execution; traffic is counted by [`Op::cost`].
+    fn flops(&self, ins: &[Type], outs: &[Type]) -> Flops;
+
+    /// Append the body of the kernel: the same semantics as [`OpDef::eval`].
+    fn lower(&self, cx: &mut Lower<'_>);
+
+    /// Element `(row, col)` of the one result of a pointwise operation, by [`Lower::load`]; `None` for all others.
+    fn element(&self, cx: &mut Lower<'_>, row: &Expr, col: &Expr) -> Option<Expr> {
+        let _ = (cx, row, col);
+        None
+    }
+
+    /// Whether the one result can be had element by element, so that the operation can be fused into its neighbours.
+    fn is_pointwise(&self) -> bool {
+        false
+    }
+
+    /// The operands of a pointwise operation that `element` reads at its own `(row, col)` and nowhere else, and that have the shape of
+    /// the result; a kernel that computes one of them can carry on with this operation.
+    fn aligned(&self) -> &'static [usize] {
+        &[]
+    }
+
+    /// The operands that `lower` reads only through [`Lower::load`], once or twice an element, so that a pointwise producer may be
+    /// evaluated in place.
+    fn pulls(&self) -> &'static [usize] {
+        &[]
+    }
+
+    /// The results that `lower` hands out through [`Lower::push`], always together, so that a pointwise consumer may continue.
+    fn pushes(&self) -> std::ops::Range<usize> {
+        if self.is_pointwise() { 0..1 } else { 0..0 }
+    }
+
+    /// Pairs (operand, result) that share one buffer: the kernel updates the operand in place.
+    fn updates(&self) -> Vec<(usize, usize)> {
+        vec![]
+    }
+
+    /// What the leading dimension of each operand counts, which is what a transformation that stacks batch rows needs to know.
+    fn axes(&self, ins: &[Type]) -> Vec<Axis> {
+        vec![Axis::Rows; ins.len()]
+    }
+
+    /// How exactly the kernel has to agree with `eval`.
+    fn accuracy(&self) -> Accuracy {
+        Accuracy::Bits
+    }
+
+    /// Instances and operand types that together exercise every branch above.
+    fn samples() -> Vec<(Self, Vec<Type>)>;
+
+    /// Operands for sample `index` where random values would not do (indices, packed codes, positive numbers): called for each operand.
+    fn sample_input(&self, k: usize, ty: &Type, random: &mut dyn FnMut() -> f32) -> Tensor {
+        let _ = k;
+        random_tensor(ty, random)
+    }
+
+    /// Instances and operand types that [`OpDef::infer`] must refuse.
+    fn rejects() -> Vec<(Self, Vec<Type>)>;
+}
+
+/// What the leading dimension of an operand means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    /// Batch rows: row `r` of a result depends on row `r` only.
+    Rows,
+    /// A weight, the same for all rows. A weight of `rank` dimensions may get one more in front: `G` groups, and then batch row `r` of
+    /// `R` uses group `r / (R / G)`.
+    Weight {
+        /// The number of dimensions without groups.
+        rank: usize,
+    },
+    /// Neither: tables and control values that are the same for all rows and never grouped.
+    Shared,
+}
+
+/// How exactly a kernel agrees with the reference semantics.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Accuracy {
+    /// Bit for bit.
+    Bits,
+    /// `|got - want| <= atol + rtol * |want|` for floats, bit for bit for integers.
+    Close {
+        /// Relative part.
+        rtol: f32,
+        /// Absolute part.
+        atol: f32,
+    },
+    /// As `Close`, but integers may differ by one in at most one element of a thousand (a rounding tie behind a float).
+    Rounding {
+        /// Relative part.
+        rtol: f32,
+        /// Absolute part.
+        atol: f32,
+    },
+}
+
+/// A tensor of small random elements: floats in (-1, 1), integers -3..=3, bytes 0..=2.
+pub fn random_tensor(ty: &Type, random: &mut dyn FnMut() -> f32) -> Tensor {
+    use crate::Data;
+    let n = ty.numel();
+    let mut draw = |scale: f32| -> Vec<f32> { (0..n).map(|_| random() * scale).collect() };
+    let data = match ty.dtype {
+        DType::F32 => Data::F32(draw(1.0)),
+        DType::F64 => Data::F64(draw(1.0).into_iter().map(f64::from).collect()),
+        DType::BF16 => Data::BF16(draw(1.0).into_iter().map(|x| (x.to_bits() >> 16) as u16).collect()),
+        DType::I8 => Data::I8(draw(3.5).into_iter().map(|x| x as i8).collect()),
+        DType::U8 => Data::U8(draw(2.9).into_iter().map(|x| x.abs() as u8).collect()),
+        DType::I16 => Data::I16(draw(3.5).into_iter().map(|x| x as i16).collect()),
+        DType::I32 => Data::I32(draw(3.5).into_iter().map(|x| x as i32).collect()),
+    };
+    Tensor { ty: ty.clone(), data }
+}
+
+/// What [`OpDef::vjp`] may look at and append to.
+#[derive(Debug)]
+pub struct VjpCx<'a> {
+    /// The graph being differentiated.
+    pub graph: &'a mut Graph,
+    /// The operands of the operation.
+    pub ins: &'a [Value],
+    /// Its results.
+    pub outs: &'a [Value],
+    /// The gradients of the loss with respect to `outs`, `None` where zero.
+    pub grads: &'a [Option<Value>],
+}
+
+impl VjpCx<'_> {
+    /// Append an operation.
+    pub fn op(&mut self, op: impl Into<Op>, ins: &[Value]) -> Result<Value, InferError> {
+        self.graph.op(op, ins)
+    }
+
+    /// The gradient of the only result.
+    pub fn grad(&self) -> Value {
+        self.grads[0].expect("an operation is differentiated only when its result has a gradient")
+    }
+}
+
+/// Arithmetic by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flops {
+    /// Float operations; a fused multiply-add counts two, an elementary function ten.
+    pub float: u64,
+    /// Ternary multiply-accumulates.
+    pub ternary: u64,
+}
+
+impl Flops {
+    /// Float operations only.
+    pub fn float(n: usize) -> Flops {
+        Flops { float: n as u64, ternary: 0 }
+    }
+}
+
+/// What one execution costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Arithmetic.
+    pub flops: Flops,
+    /// Bytes read and written, each operand and result counted once.
+    pub bytes: u64,
+}
+
+/// An operation was applied to types it is not defined for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InferError {
+    /// The operation.
+    pub op: &'static str,
+    /// What is wrong, as a sentence without a full stop.
+    pub why: String,
+}
+
+impl InferError {
+    /// An error of `op`.
+    pub fn new(op: &'static str, why: impl Into<String>) -> InferError {
+        InferError { op, why: why.into() }
+    }
+}
+
+impl fmt::Display for InferError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.op, self.why)
+    }
+}
+
+impl error::Error for InferError {}
+
+macro_rules! ops {
+    ($($Op:ident),* $(,)?) => {
+        /// Any operation.
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Op { $(#[doc = stringify!($Op)] $Op($Op)),* }
+
+        $(impl From<$Op> for Op { fn from(op: $Op) -> Op { Op::$Op(op) } })*
+
+        impl Op {
+            /// See [`OpDef::NAME`].
+            pub fn name(&self) -> &'static str {
+                match self { $(Op::$Op(_) => $Op::NAME),* }
+            }
+
+            /// See [`OpDef::infer`].
+            pub fn infer(&self, ins: &[Type]) -> Result<Vec<Type>, InferError> {
+                match self { $(Op::$Op(op) => op.infer(ins)),* }
+            }
+
+            /// See [`OpDef::eval`].
+            pub fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {
+                match self { $(Op::$Op(op) => op.eval(ins)),* }
+            }
+
+            /// See [`OpDef::vjp`].
+            pub fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+                match self { $(Op::$Op(op) => op.vjp(cx)),* }
+            }
+
+            /// See [`OpDef::flops`].
+            pub fn flops(&self, ins: &[Type], outs: &[Type]) -> Flops {
+                match self { $(Op::$Op(op) => op.flops(ins, outs)),* }
+            }
+
+            /// See [`OpDef::lower`].
+            pub fn lower(&self, cx: &mut Lower<'_>) {
+                match self { $(Op::$Op(op) => op.lower(cx)),* }
+            }
+
+            /// See [`OpDef::element`].
+            pub fn element(&self, cx: &mut Lower<'_>, row: &Expr, col: &Expr) -> Option<Expr> {
+                match self { $(Op::$Op(op) => op.element(cx, row, col)),* }
+            }
+
+            /// See [`OpDef::is_pointwise`].
+            pub fn is_pointwise(&self) -> bool {
+                match self { $(Op::$Op(op) => op.is_pointwise()),* }
+            }
+
+            /// See [`OpDef::aligned`].
+            pub fn aligned(&self) -> &'static [usize] {
+                match self { $(Op::$Op(op) => op.aligned()),* }
+            }
+
+            /// See [`OpDef::pulls`].
+            pub fn pulls(&self) -> &'static [usize] {
+                match self { $(Op::$Op(op) => op.pulls()),* }
+            }
+
+            /// See [`OpDef::pushes`].
+            pub fn pushes(&self) -> std::ops::Range<usize> {
+                match self { $(Op::$Op(op) => op.pushes()),* }
+            }
+
+            /// See [`OpDef::updates`].
+            pub fn updates(&self) -> Vec<(usize, usize)> {
+                match self { $(Op::$Op(op) => op.updates()),* }
+            }
+
+            /// See [`OpDef::axes`].
+            pub fn axes(&self, ins: &[Type]) -> Vec<Axis> {
+                match self { $(Op::$Op(op) => op.axes(ins)),* }
+            }
+
+            /// See [`OpDef::accuracy`].
+            pub fn accuracy(&self) -> Accuracy {
+                match self { $(Op::$Op(op) => op.accuracy()),* }
+            }
+
+            /// See [`OpDef::sample_input`].
+            pub fn sample_input(&self, k: usize, ty: &Type, random: &mut dyn FnMut() -> f32) -> Tensor {
+                match self { $(Op::$Op(op) => op.sample_input(k, ty, random)),* }
+            }
+
+            /// Every sample of every operation.
+            pub fn samples() -> Vec<(Op, Vec<Type>)> {
+                let mut all = Vec::new();
+                $(all.extend($Op::samples().into_iter().map(|(op, ins)| (Op::from(op), ins)));)*
+                all
+            }
+
+            /// Every ill-typed application of every operation.
+            pub fn rejects() -> Vec<(Op, Vec<Type>)> {
+                let mut all = Vec::new();
+                $(all.extend($Op::rejects().into_iter().map(|(op, ins)| (Op::from(op), ins)));)*
+                all
+            }
+        }
+    };
+}
+
+impl Op {
+    /// Arithmetic and traffic.
+    pub fn cost(&self, ins: &[Type], outs: &[Type]) -> Cost {
+        let bytes = ins.iter().chain(outs).map(|t| t.bytes() as u64).sum();
+        Cost { flops: self.flops(ins, outs), bytes }
+    }
+
+    /// The operation with its attributes, for people.
+    pub fn text(&self) -> String {
+        let debug = format!("{self:?}");
+        // `Variant(Struct { .. })` becomes `name { .. }`.
+        let attrs = debug.find('{').map_or("", |at| &debug[at..debug.len() - 1]);
+        if attrs.is_empty() { self.name().to_owned() } else { format!("{} {attrs}", self.name()) }
+    }
+}
+
+ops! { Balance, Binary, Combine, Dispatch, EflaBeta, EmbedRank, GatedDelta, GatherRows, LoopExit, LoopMask, LowRankGrad, MeanAbs, MemberDot, Mlstm, Positions, Probe, Random, RankUpdate, RmsScalar, Rope, RopeTable, Route, RowRms, ShortConv, SpanKnot, Stack, TitansMemory, Unary, WeightedSum }

@@ -1,0 +1,338 @@
+//! The loops of the ternary product.
+//!
+//! A grid instance owns a tile of rows and a few blocks of 32 weight rows. Many rows share a panel of unpacked codes; few rows
+//! unpack in registers. Tile shapes never show in the result: every output is the chain that the operation states.
+
+use super::{Shape, TernaryProduct};
+use crate::{
+    DType,
+    loops::{Acc, Buf, Expr, Ty, f32c, i32c, int},
+    lower::Lower,
+    ops::pack_ternary::BLOCK_ROWS,
+};
+
+/// Rows of an instance that unpacks into a panel.
+const PANEL_ROWS: usize = 128;
+/// From this many rows for each group of weights on, a panel pays.
+const PANEL_FROM: usize = 12;
+/// Instances that keep the threads of a small machine busy.
+const INSTANCES: usize = 8;
+/// Weight blocks of an instance share the sums of its rows.
+const BLOCKS: usize = 4;
+
+/// How the rows of one instance are worked on.
+#[derive(Clone, Copy, Debug)]
+struct Tiling {
+    /// Whether weight codes are unpacked to memory first.
+    panel: bool,
+    /// Rows of an instance.
+    rows: usize,
+    /// Rows of a register tile.
+    tile: usize,
+    /// Instances along the rows of a group.
+    row_tiles: usize,
+    /// Weight blocks of an instance.
+    blocks: usize,
+    /// Instances along the weight blocks.
+    block_tiles: usize,
+}
+
+impl Tiling {
+    fn of(op: &TernaryProduct, s: &Shape) -> Tiling {
+        // Rows that one instance may see, and the rows a group of weights has on average.
+        let (extent, usual) = if op.grouped_rows { (s.rows, s.rows / s.groups) } else { (s.rows / s.groups, s.rows / s.groups) };
+        let panel = usual >= PANEL_FROM;
+        let tile = match (panel, usual) {
+            (true, _) => 3,
+            (false, 0 | 1) => 1,
+            (false, _) => 2,
+        };
+        let row_tiles = if panel { extent.div_ceil(PANEL_ROWS) } else { extent.div_ceil(PANEL_FROM) };
+        let rows = extent.div_ceil(row_tiles).next_multiple_of(tile);
+        let row_tiles = extent.div_ceil(rows);
+        let all = op.m.div_ceil(BLOCK_ROWS);
+        let leads = if op.grouped_rows { 1 } else { s.groups };
+        let fits = |n: &usize| leads * row_tiles * all.div_ceil(*n) >= INSTANCES;
+        let blocks = (1..=BLOCKS.min(all)).rev().find(fits).unwrap_or(1);
+        Tiling { panel, rows, tile, row_tiles, blocks, block_tiles: all.div_ceil(blocks) }
+    }
+}
+
+/// What all parts of the loops need.
+struct Parts<'a> {
+    op: &'a TernaryProduct,
+    s: Shape,
+    t: Tiling,
+    codes: Buf,
+    scales: Buf,
+    /// Packed codes and scales of each weight.
+    weights: Vec<(Buf, Buf)>,
+    /// Groups of each weight's scales.
+    alphas: Vec<usize>,
+    /// Sums of the codes of each piece of each row of the instance.
+    sums: Buf,
+    /// Scales of the current block of each weight, `[weight][group][32]`.
+    alpha: Buf,
+    /// Unpacked codes of the current block of each weight, words `[weight][np / 4][32]`.
+    panel: Buf,
+    /// Results of a register tile, `[weight][row][32]`.
+    tile: Buf,
+}
+
+pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
+    let types = cx.in_types();
+    let s = op.shape(&types).expect("the operand types were inferred");
+    let t = Tiling::of(op, &s);
+    let params = [
+        ("m", op.m),
+        ("np", s.np),
+        ("rows", s.rows),
+        ("group", op.group),
+        ("block", op.block),
+        ("n_weights", op.n_weights),
+        ("groups", s.groups),
+        ("grouped_rows", usize::from(op.grouped_rows)),
+    ];
+    cx.b.contract("ternary_product", &params.map(|(name, x)| (name, x as i64)));
+    let n = op.n_weights;
+    let panel = if t.panel { n * s.np * BLOCK_ROWS } else { 4 };
+    let parts = Parts {
+        op,
+        s,
+        t,
+        codes: cx.buf(0),
+        scales: cx.buf(1),
+        weights: (0..n).map(|w| (cx.buf(TernaryProduct::packed(w)), cx.buf(TernaryProduct::packed(w) + 1))).collect(),
+        alphas: (0..n).map(|w| types[TernaryProduct::packed(w) + 1].rows() / op.m).collect(),
+        sums: cx.b.scratch("sums", DType::I32, t.rows * s.pieces()),
+        alpha: cx.b.scratch("alpha", DType::F32, n * s.nb * BLOCK_ROWS),
+        panel: cx.b.scratch("panel", DType::U8, panel),
+        tile: cx.b.scratch("tile", DType::F32, n * t.tile * BLOCK_ROWS),
+    };
+    if op.grouped_rows {
+        let offsets = cx.buf(types.len() - 1);
+        let at = cx.b.grid(t.row_tiles * t.block_tiles);
+        let first = cx.b.bind(&at / t.block_tiles * t.rows);
+        let end = cx.b.bind((&first + t.rows).min(int(s.rows)));
+        parts.row_sums(cx, &first, &end);
+        let blocks = cx.b.bind(at % t.block_tiles * t.blocks);
+        cx.each(0, s.groups, |cx, g| {
+            let bound = |at: Expr| Expr::load(offsets, at).cast(Ty::I64);
+            let lo = cx.b.bind(bound(g.clone()).max(first.clone()));
+            let hi = cx.b.bind(bound(&g + 1).min(end.clone()));
+            cx.when(lo.clone().lt(hi.clone()), |cx| parts.blocks(cx, &g, &first, &lo, &hi, None, &blocks));
+        });
+    } else {
+        let per = s.rows / s.groups;
+        let at = cx.b.grid(s.groups * t.row_tiles * t.block_tiles);
+        let tile = cx.b.bind(&at / t.block_tiles);
+        let g = cx.b.bind(&tile / t.row_tiles);
+        let inner = cx.b.bind(tile % t.row_tiles * t.rows);
+        let lo = cx.b.bind(&g * per + &inner);
+        let hi = cx.b.bind(&g * per + (inner + t.rows).min(int(per)));
+        parts.row_sums(cx, &lo, &hi);
+        let blocks = cx.b.bind(at % t.block_tiles * t.blocks);
+        let known = (t.row_tiles == 1).then_some(per);
+        parts.blocks(cx, &g, &lo, &lo, &hi, known, &blocks);
+    }
+}
+
+impl Parts<'_> {
+    /// Sum the codes of every piece of the rows `lo .. hi`.
+    fn row_sums(&self, cx: &mut Lower<'_>, lo: &Expr, hi: &Expr) {
+        let s = self.s;
+        let piece = |cx: &mut Lower<'_>, row: &Expr, c: &Expr, words: usize| {
+            let from = cx.b.bind(row * (s.np / 4) + c * (s.piece / 4));
+            let sum = cx.sum(0, words, |_, k| i32c(0).dot4(i32c(0x0101_0101), Expr::word(self.codes, &from + k)));
+            cx.b.store(self.sums, (row - lo) * s.pieces() + c, sum);
+        };
+        cx.each(lo, hi, |cx, row| {
+            let last = s.pieces() - 1;
+            let full = if s.words(last) == s.piece / 4 { last + 1 } else { last };
+            cx.each(0, full, |cx, c| piece(cx, &row, &c, s.piece / 4));
+            if full == last {
+                piece(cx, &row, &int(last), s.words(last));
+            }
+        });
+    }
+
+    /// The weight blocks of the instance for rows `lo .. hi` (`known` of them) that use group `g`; sums start at row `first`.
+    #[allow(clippy::too_many_arguments, reason = "one loop nest with its bounds")]
+    fn blocks(
+        &self,
+        cx: &mut Lower<'_>,
+        g: &Expr,
+        first: &Expr,
+        lo: &Expr,
+        hi: &Expr,
+        known: Option<usize>,
+        blocks: &Expr,
+    ) {
+        let all = self.op.m.div_ceil(BLOCK_ROWS);
+        let end = (blocks + self.t.blocks).min(int(all));
+        cx.each(blocks, end, |cx, ob| {
+            self.stage(cx, g, &ob);
+            let tile = self.t.tile;
+            let run = |cx: &mut Lower<'_>, row: &Expr, rows: usize| self.tile(cx, g, &ob, first, row, rows);
+            let full = match known {
+                Some(n) => cx.b.bind(lo + n / tile * tile),
+                None => {
+                    let count = hi - lo;
+                    cx.b.bind(lo + count / tile * tile)
+                }
+            };
+            cx.each_step(lo, full.clone(), tile, |cx, row| run(cx, &row, tile));
+            match known {
+                Some(n) if n % tile == 0 => {}
+                Some(n) => run(cx, &full, n % tile),
+                None if tile == 1 => {}
+                None => cx.each(full, hi, |cx, row| run(cx, &row, 1)),
+            }
+        });
+    }
+
+    /// Bring the scales of block `ob` into lane order and unpack its codes if there is a panel.
+    fn stage(&self, cx: &mut Lower<'_>, g: &Expr, ob: &Expr) {
+        let (s, m) = (self.s, self.op.m);
+        for (w, (&(packed, alpha), &alphas)) in self.weights.iter().zip(&self.alphas).enumerate() {
+            let lead = if alphas == 1 { int(0) } else { g * m };
+            let row = cx.b.bind(ob * BLOCK_ROWS);
+            let base = cx.b.bind((lead + &row) * s.nb);
+            let count = cx.b.bind((int(m) - row).min(int(BLOCK_ROWS)));
+            cx.each(0, s.nb, |cx, b| {
+                let to = cx.b.bind((&b + w * s.nb) * BLOCK_ROWS);
+                let from = cx.b.bind(&base + b);
+                cx.lanes(0, count.clone(), 1, |cx, o| {
+                    cx.b.store(self.alpha, &to + &o, Expr::load(alpha, &from + o * s.nb));
+                });
+                cx.lanes(count.clone(), BLOCK_ROWS, 1, |cx, o| cx.b.store(self.alpha, &to + o, f32c(0.0)));
+            });
+            if self.t.panel {
+                let from = cx.b.bind(self.packed_base(g, ob) * 4);
+                let to = w * s.np / 4 * 128;
+                cx.each(0, s.np / 4, |cx, kb| {
+                    let from = cx.b.bind(&from + &kb * 32);
+                    let to = cx.b.bind(kb * 128 + to);
+                    cx.lanes(0, 32, 2, |cx, byte| {
+                        let x = cx.b.bind(Expr::load(packed, &from + &byte));
+                        for q in 0..4 {
+                            let code = x.clone().shr(2 * q as i32) & i32c(3);
+                            cx.b.store(self.panel, &to + &byte + q * 32, code);
+                        }
+                    });
+                });
+            }
+        }
+    }
+
+    /// The first word of block `ob` of group `g` of a packed weight.
+    fn packed_base(&self, g: &Expr, ob: &Expr) -> Expr {
+        (g * self.op.m.div_ceil(BLOCK_ROWS) + ob) * (self.s.np / 4 * 8)
+    }
+
+    /// Rows `row .. row + rows` against block `ob` of all weights.
+    fn tile(&self, cx: &mut Lower<'_>, g: &Expr, ob: &Expr, first: &Expr, row: &Expr, rows: usize) {
+        let at = |cx: &mut Lower<'_>, e: Expr| cx.b.bind(e);
+        let x = at(cx, row * (self.s.np / 4));
+        let a = at(cx, row * self.s.nc);
+        let sums = at(cx, (row - first) * self.s.pieces());
+        for w in 0..self.op.n_weights {
+            if self.t.panel {
+                let base = w * self.s.np / 4 * 32;
+                let codes = |cx: &mut Lower<'_>, k: &Expr, lane: &Expr| {
+                    vec![cx.b.bind(Expr::word(self.panel, k * 32 + lane + base))]
+                };
+                cx.lanes(0, BLOCK_ROWS, 4, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, &[0], &codes));
+                continue;
+            }
+            let base = cx.b.bind(self.packed_base(g, ob));
+            // Four chains a lane for one row, two passes of two for more.
+            let sets: &[&[usize]] = if rows == 1 { &[&[0, 1, 2, 3]] } else { &[&[0, 1], &[2, 3]] };
+            for set in sets {
+                let codes = |cx: &mut Lower<'_>, k: &Expr, lane: &Expr| {
+                    let word = cx.b.bind(Expr::word(self.weights[w].0, k * 8 + lane + &base));
+                    let code = |q: &usize| word.clone().shr(2 * *q as i32) & i32c(0x0303_0303);
+                    set.iter().map(|q| cx.b.bind(if *q == 0 { word.clone() & i32c(0x0303_0303) } else { code(q) })).collect()
+                };
+                let offsets: Vec<usize> = set.iter().map(|q| q * 8).collect();
+                cx.lanes(0, 8, 2, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, &offsets, &codes));
+            }
+        }
+        let n = self.op.m;
+        let col = cx.b.bind(ob * BLOCK_ROWS);
+        let count = cx.b.bind((int(n) - &col).min(int(BLOCK_ROWS)));
+        for r in 0..rows {
+            let row = cx.b.bind(row + r);
+            cx.lanes(0, count.clone(), 2, |cx, o| {
+                let value = |w: usize| Expr::load(self.tile, &o + (w * self.t.tile + r) * BLOCK_ROWS);
+                let values: Vec<(usize, Expr)> = (0..self.op.n_weights).map(|w| (w, value(w))).collect();
+                cx.push(&row, &(&col + &o), &values);
+            });
+        }
+    }
+
+    /// All chains of one lane: `rows` rows times the weight rows `offsets + lane` of weight `w`. `base` are the first word, scale and
+    /// sum of the first row; `codes(k, lane)` gives the codes of word `k` for each offset.
+    #[allow(clippy::too_many_arguments, reason = "the body of one loop nest")]
+    fn chains(
+        &self,
+        cx: &mut Lower<'_>,
+        w: usize,
+        rows: usize,
+        base: [&Expr; 3],
+        lane: &Expr,
+        offsets: &[usize],
+        codes: &dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> Vec<Expr>,
+    ) {
+        let s = self.s;
+        let [x, a, sums] = base;
+        let each = || (0..rows).flat_map(|r| (0..offsets.len()).map(move |q| (r, q)));
+        let y: Vec<_> = each().map(|_| cx.b.local(f32c(0.0))).collect();
+        // The pieces of group `b`; `last` says how many words the last piece has.
+        let group = |cx: &mut Lower<'_>, b: &Expr, pieces: usize, last: usize| {
+            let sum: Vec<_> = each().map(|_| cx.b.local(f32c(0.0))).collect();
+            let piece = |cx: &mut Lower<'_>, c: &Expr, words: usize| {
+                let c = cx.b.bind(b * s.span + c);
+                // Codes are one above the weights, so the sum of the activations comes off.
+                let p: Vec<_> =
+                    each().map(|(r, _)| cx.b.local(-Expr::load(self.sums, sums + &c + r * s.pieces()))).collect();
+                let k0 = cx.b.bind(&c * (s.piece / 4));
+                cx.each(0, words, |cx, k| {
+                    let k = cx.b.bind(&k0 + k);
+                    let codes = codes(cx, &k, lane);
+                    for r in 0..rows {
+                        let word = cx.b.bind(Expr::word(self.codes, x + &k + r * (s.np / 4)));
+                        for (q, code) in codes.iter().enumerate() {
+                            let p = p[r * offsets.len() + q];
+                            cx.b.set(p, Expr::from(p).dot4(code, &word));
+                        }
+                    }
+                });
+                for (i, (r, _)) in each().enumerate() {
+                    let scale = if self.op.block == 0 { int(0) } else { c.clone() };
+                    let scale = Expr::load(self.scales, a + scale + r * s.nc);
+                    cx.b.set(sum[i], scale.fma(Expr::from(p[i]).cast(Ty::F32), sum[i]));
+                }
+            };
+            let full = if last == s.piece / 4 { pieces } else { pieces - 1 };
+            cx.each(0, full, |cx, c| piece(cx, &c, s.piece / 4));
+            if full < pieces {
+                piece(cx, &int(full), last);
+            }
+            for (i, (_, q)) in each().enumerate() {
+                let alpha = Expr::load(self.alpha, (b + w * s.nb) * BLOCK_ROWS + lane + offsets[q]);
+                cx.b.set(y[i], alpha.fma(sum[i], y[i]));
+            }
+        };
+        let last = s.of_group(s.nb - 1);
+        let words = s.words(last.end - 1);
+        let full = if last.len() == s.span && words == s.piece / 4 { s.nb } else { s.nb - 1 };
+        cx.each(0, full, |cx, b| group(cx, &b, s.span, s.piece / 4));
+        if full < s.nb {
+            group(cx, &int(full), last.len(), words);
+        }
+        for (i, (r, q)) in each().enumerate() {
+            cx.b.store(self.tile, lane + (w * self.t.tile + r) * BLOCK_ROWS + offsets[q], y[i]);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! What the subcommands share: the way a command fails, and the options for models and for execution.
+//!
+//! Invariant: exit codes are 0 ok, 1 failure, 2 usage, 3 invalid configuration, 4 resource, 5 corrupted file.
+
+use chimera_codegen::{Allowed, Target};
+use chimera_frontends::config::{ConfigError, Overrides, Scale};
+use chimera_ir::plan::PlanError;
+use chimera_runtime::affinity::available_threads;
+use chimera_runtime::exec::{ExecError, ExecOptions};
+use chimera_runtime::files::FileError;
+use chimera_runtime::text::{TextError, VocabSpec};
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// Why a command ends, and its exit code.
+#[derive(Debug)]
+pub struct Failure {
+    /// Exit code of the process.
+    pub code: u8,
+    /// A sentence for stderr; nothing is printed when it is empty.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure that has no code of its own: 1.
+    pub fn new(message: impl Into<String>) -> Failure {
+        Failure { code: 1, message: message.into() }
+    }
+
+    /// Options that contradict one another or the model: 2.
+    pub fn usage(message: impl Into<String>) -> Failure {
+        Failure { code: 2, message: message.into() }
+    }
+
+    /// A model description that cannot be used: 3.
+    pub fn config(message: impl Into<String>) -> Failure {
+        Failure { code: 3, message: message.into() }
+    }
+
+    /// A file whose contents are damaged: 5.
+    pub fn corrupted(message: impl Into<String>) -> Failure {
+        Failure { code: 5, message: message.into() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Configuration errors bring their own heading with a code.
+        if self.message.starts_with("error[") {
+            return f.write_str(&self.message);
+        }
+        write!(f, "error: {}", self.message)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(e: ConfigError) -> Failure {
+        Failure::config(e.to_string())
+    }
+}
+
+impl From<FileError> for Failure {
+    fn from(e: FileError) -> Failure {
+        Failure { code: e.exit_code(), message: e.to_string() }
+    }
+}
+
+impl From<ExecError> for Failure {
+    fn from(e: ExecError) -> Failure {
+        Failure { code: e.exit_code(), message: e.to_string() }
+    }
+}
+
+impl From<PlanError> for Failure {
+    fn from(e: PlanError) -> Failure {
+        Failure::corrupted(e.to_string())
+    }
+}
+
+impl From<TextError> for Failure {
+    fn from(e: TextError) -> Failure {
+        let code = match &e {
+            TextError::Io { error, .. } if is_full(error) => 4,
+            TextError::BadVocab { .. } => 5,
+            TextError::NoFiles | TextError::BadFraction(_) => 2,
+            _ => 1,
+        };
+        Failure { code, message: e.to_string() }
+    }
+}
+
+/// Writing to stdout or a log. A closed pipe is the reader's wish and ends the command quietly.
+impl From<io::Error> for Failure {
+    fn from(e: io::Error) -> Failure {
+        match e.kind() {
+            io::ErrorKind::BrokenPipe => Failure { code: 0, message: String::new() },
+            _ => Failure { code: if is_full(&e) { 4 } else { 1 }, message: format!("cannot write the output: {e}") },
+        }
+    }
+}
+
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::OutOfMemory)
+}
+
+/// Which model.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ModelOptions {
+    /// Configuration (JSON), compiled plan, folder of a training run, or weights (.b158)
+    #[arg(value_name = "MODEL", env = "CHIMERA_MODEL", required_unless_present = "scale")]
+    pub model: Option<PathBuf>,
+    /// Named scale laid over the configuration; alone, it stands for the defaults at that scale
+    #[arg(long, env = "CHIMERA_SCALE", value_name = "test|pico|nano|tiny|small|medium|full")]
+    pub scale: Option<Scale>,
+    /// Override of one configuration key; may be given several times
+    #[arg(long = "set", env = "CHIMERA_SET", value_name = "KEY.PATH=VALUE", value_delimiter = ';')]
+    pub sets: Vec<String>,
+    /// Vocabulary: bytes, o200k, o200k:restricted or a saved vocabulary
+    #[arg(long, env = "CHIMERA_VOCAB", value_name = "bytes|o200k|o200k:restricted|FILE")]
+    pub vocab: Option<VocabSpec>,
+}
+
+impl ModelOptions {
+    /// The overrides for a vocabulary of `vocab_size` ids; nothing keeps the configuration's own number.
+    pub fn overrides(&self, vocab_size: Option<usize>) -> Overrides {
+        Overrides { scale: self.scale, sets: self.sets.clone(), vocab_size }
+    }
+
+    /// Whether options change the configuration.
+    pub fn overridden(&self) -> bool {
+        self.scale.is_some() || !self.sets.is_empty()
+    }
+}
+
+/// On what a plan runs.
+#[derive(clap::Args, Clone, Debug)]
+pub struct RunOptions {
+    /// Threads; all that may run at once when absent
+    #[arg(short, long, env = "CHIMERA_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Emitters that may serve kernels, separated by commas; all when absent
+    #[arg(long, env = "CHIMERA_EMITTERS", value_parser = parse_emitters)]
+    pub emitters: Option<Allowed>,
+    /// Machine to generate code for, such as x86-64-v3
+    #[arg(long, env = "CHIMERA_TARGET", default_value = "host")]
+    pub target: Target,
+    /// Most megabytes of memory for weights, states and intermediate results
+    #[arg(long, env = "CHIMERA_MAX_MEMORY", value_name = "MB")]
+    pub max_memory: Option<u64>,
+}
+
+fn parse_emitters(names: &str) -> Result<Allowed, String> {
+    Allowed::parse(names).map_err(|e| e.to_string())
+}
+
+impl RunOptions {
+    /// The same for the executor.
+    pub fn exec(&self) -> ExecOptions {
+        ExecOptions {
+            threads: self.threads.map_or_else(available_threads, usize::from),
+            emitters: self.emitters.unwrap_or_default(),
+            target: self.target,
+            max_bytes: self.max_memory.map_or(u64::MAX, |mb| mb.saturating_mul(1 << 20)),
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Values in and out of an executable: weights, states, inputs and outputs by name.
+//!
+//! Shapes and element types are compared with the plan before a byte moves.
+
+use super::memory::{Element, bytes_of};
+use super::program::stride;
+use super::{EntryId, ExecError, Executable};
+use chimera_ir::plan::{BufferId, Place};
+use chimera_ir::{DType, Type};
+use std::borrow::Cow;
+
+/// The index of a name, or the error that lists the names there are.
+fn find<'a>(
+    what: &'static str,
+    name: &str,
+    names: impl Iterator<Item = &'a String> + Clone,
+) -> Result<usize, ExecError> {
+    names.clone().position(|n| n == name).ok_or_else(|| ExecError::Unknown {
+        what,
+        name: name.to_owned(),
+        known: names.cloned().collect(),
+    })
+}
+
+fn shape(what: &'static str, name: &str, found: String, expected: String) -> ExecError {
+    ExecError::Shape { what, name: name.to_owned(), found, expected }
+}
+
+/// Whether `n` elements of `dtype` are what `ty` declares.
+fn check_len(
+    what: &'static str,
+    name: &str,
+    dtype: DType,
+    n: usize,
+    ty: &Type,
+) -> Result<(), ExecError> {
+    if ty.dtype == dtype && ty.numel() == n {
+        return Ok(());
+    }
+    Err(shape(
+        what,
+        name,
+        format!("{n} elements of {}", dtype.name()),
+        format!("{ty}, which are {} elements", ty.numel()),
+    ))
+}
+
+impl Executable {
+    /// The entry point of that name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn entry(&self, name: &str) -> Result<EntryId, ExecError> {
+        find("entry point", name, self.plan.entries.iter().map(|e| &e.name)).map(EntryId)
+    }
+
+    fn weight_index(&self, name: &str) -> Result<usize, ExecError> {
+        find("weight", name, self.plan.weights.iter().map(|w| &w.name))
+    }
+
+    /// Set a weight to `values` of shape `dims`. A weight that is `bf16` in memory takes `f32` values too, rounded to nearest even.
+    ///
+    /// # Errors
+    /// No such weight, or another shape or element type than the plan declares.
+    pub fn set_weight<T: Element>(
+        &mut self,
+        name: &str,
+        dims: &[usize],
+        values: &[T],
+    ) -> Result<(), ExecError> {
+        let i = self.weight_index(name)?;
+        let ty = &self.plan.weights[i].ty;
+        let narrowed = ty.dtype == DType::BF16 && T::DTYPE == DType::F32;
+        if ty.dims != dims || (ty.dtype != T::DTYPE && !narrowed) {
+            return Err(shape(
+                "weight",
+                name,
+                Type::new(T::DTYPE, dims).to_string(),
+                ty.to_string(),
+            ));
+        }
+        let n = ty.numel();
+        if values.len() != n {
+            return Err(shape(
+                "weight",
+                name,
+                format!("{} elements", values.len()),
+                format!("{n}"),
+            ));
+        }
+        let block = &mut self.memory.weights[i];
+        if narrowed {
+            let bytes = bytes_of(values)
+                .chunks_exact(4)
+                .map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+            for (to, x) in block.slice_mut::<half::bf16>(0, n).iter_mut().zip(bytes) {
+                *to = half::bf16::from_f32(x);
+            }
+        } else {
+            block.slice_mut::<T>(0, n).copy_from_slice(values);
+        }
+        self.weight_set[i] = true;
+        self.stale |=
+            self.prepare.is_some_and(|p| self.entries[p.0].reads.binary_search(&i).is_ok());
+        Ok(())
+    }
+
+    /// The elements of a weight, row-major.
+    ///
+    /// # Errors
+    /// No such weight, or another element type.
+    pub fn weight<T: Element>(&self, name: &str) -> Result<&[T], ExecError> {
+        let i = self.weight_index(name)?;
+        let ty = &self.plan.weights[i].ty;
+        check_len("weight", name, T::DTYPE, ty.numel(), ty)?;
+        Ok(self.memory.weights[i].slice(0, ty.numel()))
+    }
+
+    /// The elements of an `f32` or `bf16` weight as `f32`.
+    ///
+    /// # Errors
+    /// No such weight, or another element type.
+    pub fn weight_f32(&self, name: &str) -> Result<Cow<'_, [f32]>, ExecError> {
+        match self.plan.weights[self.weight_index(name)?].ty.dtype {
+            DType::BF16 => {
+                Ok(self.weight::<half::bf16>(name)?.iter().map(|x| x.to_f32()).collect())
+            }
+            _ => self.weight(name).map(Cow::Borrowed),
+        }
+    }
+
+    /// Names of the weights that have no values yet.
+    pub fn missing_weights(&self) -> Vec<&str> {
+        let weights = self.plan.weights.iter().zip(&self.weight_set);
+        weights.filter(|(_, set)| !**set).map(|(w, _)| w.name.as_str()).collect()
+    }
+
+    fn state_index(&self, name: &str, copy: usize) -> Result<usize, ExecError> {
+        let i = find("state", name, self.plan.states.iter().map(|s| &s.name))?;
+        let copies = self.plan.states[i].copies as usize;
+        if copy >= copies {
+            return Err(shape(
+                "state",
+                name,
+                format!("copy {copy}"),
+                format!("one of {copies} copies, counted from 0"),
+            ));
+        }
+        Ok(i)
+    }
+
+    /// The bytes of one copy of a state.
+    ///
+    /// # Errors
+    /// No such state or copy.
+    pub fn state(&self, name: &str, copy: usize) -> Result<&[u8], ExecError> {
+        let i = self.state_index(name, copy)?;
+        Ok(self.memory.states[i]
+            .slice(stride(&self.plan, i) * copy, self.plan.states[i].ty.bytes()))
+    }
+
+    /// Overwrite one copy of a state.
+    ///
+    /// # Errors
+    /// No such state or copy, or another number of bytes.
+    pub fn set_state(&mut self, name: &str, copy: usize, bytes: &[u8]) -> Result<(), ExecError> {
+        let i = self.state_index(name, copy)?;
+        let n = self.plan.states[i].ty.bytes();
+        if bytes.len() != n {
+            return Err(shape(
+                "state",
+                name,
+                format!("{} bytes", bytes.len()),
+                format!("{n} bytes of {}", self.plan.states[i].ty),
+            ));
+        }
+        let at = stride(&self.plan, i) * copy;
+        self.memory.states[i].slice_mut(at, n).copy_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Make every state fresh: zero.
+    pub fn reset_states(&mut self) {
+        for block in &mut self.memory.states {
+            let n = block.bytes();
+            block.slice_mut::<u8>(0, n).fill(0);
+        }
+    }
+
+    /// Set an input of an entry point, for this and all later calls.
+    ///
+    /// # Errors
+    /// No such input, or another number or type of elements than the plan declares.
+    pub fn set_input<T: Element>(
+        &mut self,
+        entry: EntryId,
+        name: &str,
+        values: &[T],
+    ) -> Result<(), ExecError> {
+        let ports = &self.plan.entries[entry.0].inputs;
+        let i = find("input", name, ports.iter().map(|p| &p.0))?;
+        check_len("input", name, T::DTYPE, values.len(), &self.plan.buffer(ports[i].1).ty)?;
+        let input = &mut self.inputs[entry.0][i];
+        input.value.slice_mut(0, values.len()).copy_from_slice(values);
+        input.set = true;
+        Ok(())
+    }
+
+    /// An output of an entry point, row-major, as its last run left it.
+    ///
+    /// # Errors
+    /// No such output, another element type, or another entry point ran since.
+    pub fn output<T: Element>(&self, entry: EntryId, name: &str) -> Result<&[T], ExecError> {
+        let buffer = self.output_buffer(entry, name)?;
+        let decl = self.plan.buffer(buffer);
+        check_len("output", name, T::DTYPE, decl.ty.numel(), &decl.ty)?;
+        if matches!(decl.place, Place::Arena(_)) && self.live != Some(entry) {
+            return Err(ExecError::Stale {
+                entry: self.plan.entries[entry.0].name.clone(),
+                name: name.to_owned(),
+            });
+        }
+        let (block, at) = self.memory.locate(&self.plan, buffer, 0);
+        Ok(block.slice(at, decl.ty.numel()))
+    }
+
+    /// Element type and shape of an output.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn output_type(&self, entry: EntryId, name: &str) -> Result<&Type, ExecError> {
+        Ok(&self.plan.buffer(self.output_buffer(entry, name)?).ty)
+    }
+
+    fn output_buffer(&self, entry: EntryId, name: &str) -> Result<BufferId, ExecError> {
+        let ports = &self.plan.entries[entry.0].outputs;
+        Ok(ports[find("output", name, ports.iter().map(|p| &p.0))?].1)
+    }
+}

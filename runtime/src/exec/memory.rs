@@ -1,0 +1,124 @@
+//! The memory of an execution: zeroed blocks at multiples of 64, and the typed views on them.
+//!
+//! A block never moves and never changes size, so addresses taken from it stay valid as long as it lives.
+
+use chimera_ir::DType;
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+/// Alignment of every block and of every buffer inside it.
+pub(super) const ALIGN: usize = 64;
+
+/// A type of array elements in memory. Sealed: every bit pattern of an implementor is a value.
+pub trait Element: sealed::Plain {
+    /// The element type in plans.
+    const DTYPE: DType;
+}
+
+mod sealed {
+    /// # Safety
+    /// Every bit pattern is a value and there is no padding.
+    pub unsafe trait Plain: Copy {}
+}
+
+macro_rules! elements {
+    ($($T:ty => $D:ident),*) => {$(
+        // SAFETY: a number of fixed width.
+        unsafe impl sealed::Plain for $T {}
+        impl Element for $T {
+            const DTYPE: DType = DType::$D;
+        }
+    )*};
+}
+
+elements!(f32 => F32, f64 => F64, half::bf16 => BF16, i8 => I8, u8 => U8, i16 => I16, i32 => I32);
+
+/// The bytes of a slice of elements.
+pub(super) fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
+    // SAFETY: `Plain` has no padding, so all bytes are initialised; the size is that of the slice.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// A zeroed allocation. Pages that are never touched cost no memory where the system maps them lazily.
+#[derive(Debug)]
+pub(super) struct Block {
+    at: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a block owns its bytes; all access goes through the borrow rules of its owner.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Block {
+    /// A block of at least one byte; `None` when the system has no such memory.
+    pub(super) fn zeroed(bytes: u64) -> Option<Block> {
+        let bytes = usize::try_from(bytes.max(1)).ok()?;
+        let layout = Layout::from_size_align(bytes, ALIGN).ok()?;
+        // SAFETY: the size is not zero.
+        let at = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Block { at, layout })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.layout.size()
+    }
+
+    /// The address of byte `at`.
+    ///
+    /// # Panics
+    /// When `at .. at + bytes` is not inside the block.
+    pub(super) fn address(&self, at: usize, bytes: usize) -> *mut u8 {
+        assert!(
+            at.checked_add(bytes).is_some_and(|end| end <= self.bytes()),
+            "a verified plan stays inside its memory"
+        );
+        // SAFETY: inside the allocation by the assertion.
+        unsafe { self.at.as_ptr().add(at) }
+    }
+
+    /// `len` elements from byte `at`.
+    ///
+    /// # Panics
+    /// When they are not inside the block, or `at` is not a multiple of their alignment.
+    pub(super) fn slice<T: Element>(&self, at: usize, len: usize) -> &[T] {
+        let address = self.address(at, len * size_of::<T>()).cast::<T>();
+        assert!(address.is_aligned(), "buffers start at multiples of {ALIGN}");
+        // SAFETY: in bounds and aligned; initialised since the block was zeroed and every bit pattern is a value; nothing writes
+        // while `self` is borrowed, because execution borrows the owner of the block mutably.
+        unsafe { std::slice::from_raw_parts(address, len) }
+    }
+
+    /// [`Block::slice`] for writing.
+    pub(super) fn slice_mut<T: Element>(&mut self, at: usize, len: usize) -> &mut [T] {
+        let address = self.address(at, len * size_of::<T>()).cast::<T>();
+        assert!(address.is_aligned(), "buffers start at multiples of {ALIGN}");
+        // SAFETY: as in `slice`, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(address, len) }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and freed once.
+        unsafe { dealloc(self.at.as_ptr(), self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_zeroed_aligned_and_bounded() {
+        let mut block = Block::zeroed(100).expect("100 bytes");
+        assert_eq!(block.address(0, 100) as usize % ALIGN, 0);
+        assert!(block.slice::<u8>(0, 100).iter().all(|&x| x == 0));
+        block.slice_mut::<f32>(64, 2)[1] = 1.0;
+        assert_eq!(bytes_of(block.slice::<f32>(64, 2)), [0, 0, 0, 0, 0, 0, 0x80, 0x3F]);
+        assert!(std::panic::catch_unwind(|| block.slice::<u8>(1, 100).len()).is_err());
+        assert!(std::panic::catch_unwind(|| block.slice::<i32>(2, 1).len()).is_err());
+        assert!(Block::zeroed(u64::MAX).is_none());
+    }
+}

@@ -1,0 +1,206 @@
+//! Plan execution: memory, compiled kernels and the walk over the steps of an entry point.
+//!
+//! Invariant: `plan::verify` has proven that every buffer lies inside its memory and is at least as large as the kernels that use
+//! it declare; all addresses here follow from that. Running allocates nothing, and the result does not depend on the number of
+//! threads, because the instances of a grid are independent.
+
+mod access;
+mod error;
+mod memory;
+mod program;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+pub use error::ExecError;
+pub use memory::Element;
+pub use walk::StepTime;
+
+use crate::affinity::available_threads;
+use crate::pool::Pool;
+use chimera_codegen::{Allowed, Module, Target, host};
+use chimera_ir::plan::{self, Plan, WeightKind};
+use memory::{ALIGN, Block, bytes_of};
+use program::{Flat, Memory, Table};
+
+/// The entry point that derives persistent memory from the weights.
+pub const PREPARE: &str = "prepare";
+
+/// How a plan is executed.
+#[derive(Clone, Debug)]
+pub struct ExecOptions {
+    /// Threads, the caller included; at least 1.
+    pub threads: usize,
+    /// Emitters that may serve kernels.
+    pub emitters: Allowed,
+    /// The machine to compile for; must run on this one.
+    pub target: Target,
+    /// The most bytes of memory to allocate.
+    pub max_bytes: u64,
+}
+
+impl Default for ExecOptions {
+    /// All threads that may run at once, all emitters, this machine, no limit.
+    fn default() -> ExecOptions {
+        ExecOptions { threads: available_threads(), emitters: Allowed::all(), target: host(), max_bytes: u64::MAX }
+    }
+}
+
+/// An entry point of one [`Executable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EntryId(usize);
+
+/// The value of an input, kept from call to call.
+#[derive(Debug)]
+struct Input {
+    value: Block,
+    set: bool,
+}
+
+/// A plan with memory, machine code and threads.
+///
+/// Weights start unset and must be set before an entry point reads them, except those of optimizers, which start at zero. States start
+/// at zero. Inputs keep their values from call to call; outputs are there until another entry point runs.
+///
+/// What the entry point [`PREPARE`] derives from weights is kept current: when a weight that it reads has changed, by
+/// [`Executable::set_weight`] or because an entry point wrote it, `prepare` runs again before the next entry point that reads what
+/// it derives.
+#[derive(Debug)]
+pub struct Executable {
+    plan: Plan,
+    module: Module,
+    pool: Pool,
+    memory: Memory,
+    table: Table,
+    /// One for each entry point, like the following.
+    entries: Vec<Flat>,
+    inputs: Vec<Vec<Input>>,
+    /// Whether the entry point reads what `prepare` writes.
+    prepared: Vec<bool>,
+    prepare: Option<EntryId>,
+    /// Whether what `prepare` derives disagrees with the weights.
+    stale: bool,
+    /// Weights that have values.
+    weight_set: Vec<bool>,
+    /// The entry point whose values are in the arena.
+    live: Option<EntryId>,
+    /// One region of `scratch_stride` bytes for each worker.
+    scratch: Block,
+    scratch_stride: usize,
+    bytes: u64,
+}
+
+impl Executable {
+    /// Verify a plan, compile its kernels, allocate its memory and write its constants.
+    ///
+    /// # Errors
+    /// A plan that contradicts itself, a kernel that no allowed emitter serves, memory beyond the limit or the system's, or threads that
+    /// do not start.
+    pub fn new(plan: Plan, options: &ExecOptions) -> Result<Executable, ExecError> {
+        plan::verify(&plan)?;
+        let threads = options.threads.max(1);
+        // Regions of two workers never share a cache line, nor the pair that a prefetcher fetches.
+        let scratch_stride = plan.kernels.iter().map(|k| k.scratch_bytes()).max().unwrap_or(0).next_multiple_of(2 * ALIGN);
+        let input_bytes = |e: &plan::Entry| e.inputs.iter().map(|i| plan.buffer(i.1).ty.bytes() as u64).sum::<u64>();
+        let table_len = program::table_len(&plan);
+        let parts = [
+            ("the arena", plan.arena()),
+            ("persistent memory", plan.persistent),
+            ("the weights", plan.weight_bytes()),
+            ("the states", plan.state_bytes()),
+            ("scratch memory", scratch_stride as u64 * threads as u64),
+            ("the inputs", plan.entries.iter().map(input_bytes).fold(0, u64::saturating_add)),
+            ("the table of addresses", table_len.saturating_mul(8)),
+        ];
+        let mut bytes = 0u64;
+        for (what, needed) in parts {
+            bytes = bytes.saturating_add(needed);
+            if bytes > options.max_bytes {
+                let allowed = Some(needed.saturating_sub(bytes - options.max_bytes));
+                return Err(ExecError::Memory { what, needed, allowed });
+            }
+        }
+        let module = chimera_codegen::compile(&plan.kernels, &options.target, &options.emitters).map_err(ExecError::Compile)?;
+        let pool = Pool::new(threads).map_err(ExecError::Threads)?;
+        let block = |what, needed| Block::zeroed(needed).ok_or(ExecError::Memory { what, needed, allowed: None });
+        let weight = |w: &plan::WeightDecl| block("a weight", w.ty.bytes() as u64);
+        let state = |s: usize| block("a state", program::stride(&plan, s) as u64 * u64::from(plan.states[s].copies));
+        let mut memory = Memory {
+            arena: block("the arena", plan.arena())?,
+            persistent: block("persistent memory", plan.persistent)?,
+            weights: plan.weights.iter().map(weight).collect::<Result<_, _>>()?,
+            states: (0..plan.states.len()).map(state).collect::<Result<_, _>>()?,
+        };
+        write_constants(&plan, &mut memory);
+        let mut table = Table::with_capacity(table_len as usize);
+        let entries: Vec<Flat> = plan.entries.iter().map(|e| table.flatten(&plan, &memory, e)).collect();
+        let input = |i: &(String, plan::BufferId)| {
+            Ok(Input { value: block("an input", plan.buffer(i.1).ty.bytes() as u64)?, set: false })
+        };
+        let inputs = plan.entries.iter().map(|e| e.inputs.iter().map(input).collect()).collect::<Result<_, ExecError>>()?;
+        let prepare = plan.entries.iter().position(|e| e.name == PREPARE);
+        let depends = |e: &Flat| prepare.is_some_and(|p| e.depends_on(&entries[p]));
+        let mut prepared: Vec<bool> = entries.iter().map(depends).collect();
+        if let Some(p) = prepare {
+            prepared[p] = false;
+        }
+        let weight_set = plan.weights.iter().map(|w| w.kind == WeightKind::Optimizer).collect();
+        let scratch = block("scratch memory", scratch_stride as u64 * threads as u64)?;
+        Ok(Executable {
+            prepare: prepare.map(EntryId),
+            stale: true,
+            live: None,
+            plan,
+            module,
+            pool,
+            memory,
+            table,
+            entries,
+            inputs,
+            prepared,
+            weight_set,
+            scratch,
+            scratch_stride,
+            bytes,
+        })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The compiled kernels, in the order of the plan.
+    pub fn module(&self) -> &Module {
+        &self.module
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Bytes of memory that were allocated, machine code and the plan itself excluded.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+fn write_constants(plan: &Plan, memory: &mut Memory) {
+    use chimera_ir::Data;
+    for (buffer, tensor) in &plan.constants {
+        let bytes = match &tensor.data {
+            Data::F32(v) => bytes_of(v),
+            Data::F64(v) => bytes_of(v),
+            // The bits of a `bf16` stored as they are.
+            Data::BF16(v) => bytes_of(half::slice::HalfBitsSliceExt::reinterpret_cast::<half::bf16>(&v[..])),
+            Data::I8(v) => bytes_of(v),
+            Data::U8(v) => bytes_of(v),
+            Data::I16(v) => bytes_of(v),
+            Data::I32(v) => bytes_of(v),
+        };
+        let at = memory.locate(plan, *buffer, 0).1;
+        // Verification has proven that constants are persistent and have the size of their buffer.
+        memory.persistent.slice_mut(at, bytes.len()).copy_from_slice(bytes);
+    }
+}
