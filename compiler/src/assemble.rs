@@ -400,7 +400,8 @@ impl EntryBuilder<'_, '_> {
         let begin = self.steps.len() as u32;
         self.push(Step::LoopBegin { max: r.max as u32, counter: BufferId(counter as u32) });
         self.sources(&r.body, &mut inner);
-        let times = std::mem::replace(&mut self.times, self.times * r.max as u64);
+        let times = self.times;
+        self.times = times * r.max as u64;
         self.items(&r.body, items, &mut inner);
         self.times = times;
         self.writes(&r.body, &inner);

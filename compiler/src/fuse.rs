@@ -14,7 +14,7 @@ use crate::passes::Budget;
 
 /// What runs, in order.
 #[derive(Clone, Debug)]
-pub enum Item {
+pub(crate) enum Item {
     /// A kernel.
     Run(Run),
     /// The same bytes under another type.
@@ -35,7 +35,7 @@ pub enum Item {
 
 /// A cluster with its operands.
 #[derive(Clone, Debug)]
-pub struct Run {
+pub(crate) struct Run {
     /// The cluster.
     pub cluster: Cluster,
     /// Values of the cluster's inputs.
@@ -54,7 +54,7 @@ pub struct Run {
 pub type Decisions = BTreeMap<(String, String), u32>;
 
 /// The clusters of `g` in an order that respects all uses.
-pub fn fuse(g: &Graph, budget: &mut Budget, decisions: &mut Decisions) -> Vec<Item> {
+pub(crate) fn fuse(g: &Graph, budget: &mut Budget, decisions: &mut Decisions) -> Vec<Item> {
     let uses = g.uses();
     let mut f = Fuse { g, uses, home: vec![None; g.nodes().len()], clusters: vec![], decisions };
     for (i, node) in g.nodes().iter().enumerate() {
@@ -267,7 +267,7 @@ impl Fuse<'_> {
         self.g.nodes()[x].outs.iter().map(|v| self.uses[v.0 as usize]).sum::<u32>() > inside
     }
 
-    fn items(mut self, budget: &mut Budget) -> Vec<Item> {
+    fn items(self, budget: &mut Budget) -> Vec<Item> {
         let mut at: Vec<Option<usize>> = vec![None; self.g.nodes().len()];
         for (c, draft) in self.clusters.iter().enumerate().filter(|(_, d)| d.alive) {
             at[draft.anchor] = Some(c);

@@ -4,6 +4,7 @@
 
 mod assemble;
 mod fuse;
+pub mod inspect;
 pub mod memory;
 pub mod passes;
 pub mod pipeline;
@@ -12,5 +13,5 @@ pub mod update;
 
 pub use fuse::Decisions;
 pub use passes::dual::Scheme;
-pub use pipeline::{CompileError, EntryKind, EntrySpec, Options, compile, compile_graphs};
+pub use pipeline::{CompileError, EntryKind, EntrySpec, Options, compile, compile_graphs, compile_observed};
 pub use update::UpdateRule;

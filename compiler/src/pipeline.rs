@@ -142,6 +142,21 @@ impl error::Error for CompileError {}
 /// When an entry point cannot be built for the configuration, an option is unknown, or a dump cannot be written; and
 /// [`CompileError::Stopped`] when `stop_after` names a stage before the last.
 pub fn compile(cfg: &ModelConfig, options: &Options) -> Result<Plan, CompileError> {
+    compile_observed(cfg, options, &mut |_, _, _| {})
+}
+
+/// Sees every graph: stage, entry point, graph.
+pub type Observer<'a> = dyn FnMut(&'static str, &str, &Graph) + 'a;
+
+/// Compile a model and show every stage to `observer`.
+///
+/// # Errors
+/// See [`compile`].
+pub fn compile_observed(
+    cfg: &ModelConfig,
+    options: &Options,
+    observer: &mut Observer<'_>,
+) -> Result<Plan, CompileError> {
     if let Some(stage) = &options.stop_after {
         if !STAGES.contains(&stage.as_str()) {
             return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
@@ -169,7 +184,7 @@ pub fn compile(cfg: &ModelConfig, options: &Options) -> Result<Plan, CompileErro
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), format!("rows={} tokens={} {:?}", spec.rows, spec.tokens, spec.depth)));
     }
-    compile_graphs(plan, graphs, &kinds, options)
+    stages(plan, graphs, &kinds, options, observer)
 }
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
@@ -211,11 +226,22 @@ pub fn compile_graphs(
     kinds: &HashMap<String, WeightKind>,
     options: &Options,
 ) -> Result<Plan, CompileError> {
+    stages(plan, graphs, kinds, options, &mut |_, _, _| {})
+}
+
+fn stages(
+    plan: Plan,
+    graphs: Vec<(EntryKind, usize, Graph)>,
+    kinds: &HashMap<String, WeightKind>,
+    options: &Options,
+    observer: &mut Observer<'_>,
+) -> Result<Plan, CompileError> {
     let trainable: HashSet<String> = match &options.trainable {
         Some(set) => set.clone(),
         None => kinds.iter().filter(|(_, k)| **k != WeightKind::Buffer).map(|(n, _)| n.clone()).collect(),
     };
-    let mut stages = Stages { options, budget: Budget(options.max_rewrites), n: 0, text: String::new() };
+    let budget = Budget(options.max_rewrites);
+    let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };
     let mut prepare = Prepare::default();
     let mut entries = vec![];
     for (kind, rows, g) in graphs {
@@ -264,14 +290,15 @@ pub fn compile_graphs(
 }
 
 /// Runs passes with verification, dumps, and the wish to stop.
-struct Stages<'a> {
+struct Stages<'a, 'o> {
     options: &'a Options,
+    observer: &'a mut Observer<'o>,
     budget: Budget,
     n: usize,
     text: String,
 }
 
-impl Stages<'_> {
+impl Stages<'_, '_> {
     fn error(stage: &'static str, entry: &str) -> impl FnOnce(InferError) -> CompileError {
         let entry = entry.to_owned();
         move |error| CompileError::Infer { entry, stage, error }
@@ -293,6 +320,7 @@ impl Stages<'_> {
 
     /// Dump a graph if asked, and keep it if compilation stops here.
     fn show(&mut self, stage: &'static str, entry: &str, g: &Graph) -> Result<(), CompileError> {
+        (self.observer)(stage, entry, g);
         if let Some(dir) = &self.options.dump {
             self.n += 1;
             write_dump(dir, &format!("{:03}-{entry}-{stage}.txt", self.n), &g.to_string())?;

@@ -10,39 +10,39 @@ use chimera_ir::{
 
 /// A graph being rebuilt.
 #[derive(Debug)]
-pub struct Rebuild<'a> {
+pub(crate) struct Rebuild<'a> {
     /// The graph as it was.
-    pub old: &'a Graph,
+    pub(crate) old: &'a Graph,
     /// The graph so far.
-    pub new: Graph,
+    pub(crate) new: Graph,
     map: Vec<Option<Value>>,
 }
 
 /// What a rule makes of a node: `None` keeps it, otherwise the values that replace its results.
-pub type Ruling = Result<Option<Vec<Value>>, InferError>;
+pub(crate) type Ruling = Result<Option<Vec<Value>>, InferError>;
 
 impl Rebuild<'_> {
     /// The new value of an old one.
     ///
     /// # Panics
     /// When the old value is defined later; rules only look at operands.
-    pub fn get(&self, v: Value) -> Value {
+    pub(crate) fn get(&self, v: Value) -> Value {
         self.map[v.0 as usize].expect("operands are rebuilt before their users")
     }
 
     /// The new value of an old one, if it is there already.
-    pub fn find(&self, v: Value) -> Option<Value> {
+    pub(crate) fn find(&self, v: Value) -> Option<Value> {
         self.map[v.0 as usize]
     }
 
     /// The new values of old ones.
-    pub fn all(&self, vs: &[Value]) -> Vec<Value> {
+    pub(crate) fn all(&self, vs: &[Value]) -> Vec<Value> {
         vs.iter().map(|&v| self.get(v)).collect()
     }
 }
 
 /// Rebuild `old` by `rule`, which sees every node after its operands.
-pub fn rebuild(old: &Graph, rule: &mut dyn FnMut(&mut Rebuild<'_>, &Node) -> Ruling) -> Result<Graph, InferError> {
+pub(crate) fn rebuild(old: &Graph, rule: &mut dyn FnMut(&mut Rebuild<'_>, &Node) -> Ruling) -> Result<Graph, InferError> {
     Ok(rebuild_mapped(old, rule)?.0)
 }
 
@@ -89,7 +89,7 @@ fn copy(
 }
 
 /// The graph without nodes that nothing needs. Arguments of loops stay.
-pub fn sweep(old: &Graph) -> Graph {
+pub(crate) fn sweep(old: &Graph) -> Graph {
     let mut live = vec![false; old.n_values()];
     for (_, v) in old.outputs.iter().chain(&old.writes) {
         live[v.0 as usize] = true;

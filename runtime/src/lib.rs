@@ -1,7 +1,10 @@
 //! Placeholder.
 pub mod text;
+pub mod train;
 pub mod affinity;
+pub mod call;
 pub mod exec;
 pub mod files;
+pub mod generate;
 pub mod pool;
 pub mod rng;

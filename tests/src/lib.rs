@@ -1,6 +1,8 @@
-//! What tests share: golden files and the reference evaluation of graphs.
+//! What tests share: golden files, the reference evaluation of graphs, and the ways of running them.
 //!
-//! Nothing here knows of emitters; a suite that runs on several passes them in.
+//! Nothing here knows of single emitters; a suite visits all of them through [`engine::Engine::all`].
 
+pub mod engine;
+pub mod clusters;
 pub mod golden;
 pub mod reference;

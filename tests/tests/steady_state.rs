@@ -142,8 +142,8 @@ fn plan() -> Plan {
     step.inputs = vec![("x".into(), id("x"))];
     step.outputs = vec![("y".into(), id("y"))];
     Plan {
-        weights: vec![WeightDecl { name: "w".into(), ty: v, kind: WeightKind::Vector }],
-        states: vec![StateDecl { name: "s".into(), ty: m, copies: 4 }],
+        weights: vec![WeightDecl { name: "w".into(), ty: v.clone(), kind: WeightKind::Vector }],
+        states: vec![StateDecl { name: "s".into(), ty: m.clone(), copies: 4 }],
         buffers: buffers.to_vec(),
         constants: vec![(id("limit"), Tensor::i32(&[1], vec![2]))],
         persistent: vector + 64,
@@ -163,7 +163,7 @@ fn two_steps(threads: usize, emitters: &str, counted: bool) -> Vec<u8> {
     e.set_weight("w", &[COLS], &w).expect("a weight");
     let step = e.entry("step").expect("an entry point");
     e.set_input(step, "x", &x).expect("an input");
-    e.run_entry(step).expect("the first step");
+    e.run(step).expect("the first step");
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     // A weight in place, an input, `prepare` and the entry point itself: nothing of it is new.
     e.set_weight("w", &[COLS], &w).expect("a weight");

@@ -36,7 +36,7 @@ pub(super) fn norm_quantise(g: &Graph, budget: &mut Budget) -> Result<Graph, Inf
                     return Ok(None);
                 }
                 let ins = cx.all(&node.ins);
-                let outs = cx.new.ops(NormQuantise { eps: n.eps, block }, &ins)?;
+                let outs = cx.new.ops(NormQuantise { kind: n.kind, eps: n.eps, block }, &ins)?;
                 done.push((here, node.outs[0], outs.clone()));
                 Ok(Some(vec![outs[0]]))
             }

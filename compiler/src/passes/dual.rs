@@ -11,7 +11,7 @@ use chimera_ir::{
     graph::{Kind, Node, Repeat},
     ops::{
         Axis, Binary, BinaryFn, CrossEntropy, Dispatch, EmbedRank, InferError, Linear, MeanAbs, MemberDot, PackPanels, Probe,
-        Random, RandomDist, RankUpdate, Reshape, Stack, TernaryProduct, TileRows, Unary, UnaryFn,
+        Random, Distribution, RankUpdate, Reshape, Stack, TernaryProduct, TileRows, Unary, UnaryFn,
     },
     plan::WeightKind,
 };
@@ -35,7 +35,7 @@ pub enum Scheme {
         /// Number of directions.
         directions: usize,
         /// Distribution of the entries.
-        dist: RandomDist,
+        dist: Distribution,
         /// Probe size.
         eps: f32,
         /// Probe size on ternary matrices relative to their mean magnitude, instead of `eps`.
@@ -203,7 +203,7 @@ impl Transform<'_> {
     ) -> Result<Vec<New>, InferError> {
         let mut ins: Vec<New> = node.ins.iter().map(|v| map[v]).collect();
         for (i, new) in ins.iter_mut().enumerate().take(r.n_carried) {
-            let per_row = old.ty(node.ins[i]).dims[0] == self.rows && !is_load(old, node.ins[i], r, i);
+            let per_row = old.ty(node.ins[i]).dims[0] == self.rows && !is_load(r, i);
             if per_row {
                 new.batched = true;
                 *new = self.stacked(g, *new)?;
@@ -306,16 +306,16 @@ impl Transform<'_> {
             _ => return Ok(outs),
         };
         let names: Vec<String> =
-            roots(old, weight).into_iter().filter(|n| self.is_probed(n).is_some() && !map_is_split(old, map, weight)).collect();
+            roots(old, weight).into_iter().filter(|n| self.is_probed(n).is_some() && !map[&weight].split).collect();
         if names.is_empty() {
             return Ok(outs);
         }
         let y = self.stacked(g, outs[0])?;
-        let float = match op {
-            Op::TernaryProduct(_) => float_input(old, node.ins[0])?,
-            _ => node.ins[0],
+        let x = match op {
+            Op::TernaryProduct(_) => float_input(old, g, map, node.ins[0])?,
+            _ => map[&node.ins[0]],
         };
-        let x = self.stacked(g, map[&float])?;
+        let x = self.stacked(g, x)?;
         let grouped = match op {
             Op::TernaryProduct(TernaryProduct { grouped_rows, .. }) | Op::Linear(Linear { grouped_rows, .. }) => *grouped_rows,
             _ => false,
@@ -342,7 +342,7 @@ impl Transform<'_> {
                 g.op(CrossEntropy { vocab: *vocab }, &[x.v, panels, labels.v, u, a])?
             }
             (Scheme::PerSequence { rank, kappa, .. }, _) if grouped => {
-                let (order, index) = routing(old, float)?;
+                let (order, index) = routing(old, node.ins[0])?;
                 let tokens = old.ty(index).dims[1];
                 let gathered = Some((old.ty(index).dims[2], tokens));
                 let (order, index) = (map[&order].v, self.stacked(g, map[&index])?.v);
@@ -383,7 +383,7 @@ impl Transform<'_> {
         Ok(New { v, split: true, ..new })
     }
 
-    fn directions(&self, g: &mut Graph, stream: &str, shape: &[usize], dist: RandomDist) -> Result<Value, InferError> {
+    fn directions(&self, g: &mut Graph, stream: &str, shape: &[usize], dist: Distribution) -> Result<Value, InferError> {
         let shape = shape.to_vec();
         let op = Random { dist, stream: stream.to_owned(), shape, members: self.members, dtype: DType::F32 };
         g.op(op, &self.random.expect("the graph has its random inputs"))
@@ -392,7 +392,7 @@ impl Transform<'_> {
     /// `w +- eps z`, `[2 M, ..]`.
     fn perturbed(&self, g: &mut Graph, name: &str, w: Value) -> Result<Value, InferError> {
         let dist = match self.scheme {
-            Scheme::PerSequence { .. } => RandomDist::Gaussian,
+            Scheme::PerSequence { .. } => Distribution::Gaussian,
             Scheme::Mezo { dist, .. } => *dist,
         };
         let shape = g.ty(w).dims.clone();
@@ -421,8 +421,8 @@ impl Transform<'_> {
     fn factors(&self, g: &mut Graph, name: &str, rank: usize) -> Result<[Value; 2], InferError> {
         let w = self.latent(g, name)?;
         let [m, n] = g.ty(w).dims[..] else { return Err(InferError::new("probe", format!("{name} is not a matrix"))) };
-        let a = self.directions(g, &format!("{name}#A"), &[m, rank], RandomDist::Gaussian)?;
-        Ok([a, self.directions(g, &format!("{name}#B"), &[n, rank], RandomDist::Gaussian)?])
+        let a = self.directions(g, &format!("{name}#A"), &[m, rank], Distribution::Gaussian)?;
+        Ok([a, self.directions(g, &format!("{name}#B"), &[n, rank], Distribution::Gaussian)?])
     }
 
     /// `kappa max(mean|W|, 1e-3) / sqrt(rank)`.
@@ -466,12 +466,8 @@ impl Transform<'_> {
     }
 }
 
-fn map_is_split(_: &Graph, map: &Map, v: Value) -> bool {
-    map[&v].split
-}
-
 /// Whether a carried value is a count of tokens and not a batch value.
-fn is_load(_: &Graph, _: Value, r: &Repeat, i: usize) -> bool {
+fn is_load(r: &Repeat, i: usize) -> bool {
     let v = r.body.outputs[i].1;
     matches!(&r.body.def(v).kind, Kind::Op(Op::Dispatch(_)))
 }
@@ -490,28 +486,17 @@ fn roots(g: &Graph, v: Value) -> Vec<String> {
 }
 
 /// The float value behind activation codes.
-fn float_input(g: &Graph, codes: Value) -> Result<Value, InferError> {
-    let def = g.def(codes);
+fn float_input(old: &Graph, g: &mut Graph, map: &Map, codes: Value) -> Result<New, InferError> {
+    let def = old.def(codes);
     match &def.kind {
-        Kind::Op(Op::Quantise(_)) => Ok(def.ins[0]),
-        // Gathered codes: the gathered float rows exist beside them.
+        Kind::Op(Op::Quantise(_)) => Ok(map[&def.ins[0]]),
+        // Codes of gathered rows: gather the float rows in the same order.
         Kind::Op(Op::GatherRows(op)) => {
-            let float = float_input(g, def.ins[0])?;
-            let same = |n: &&Node| n.kind_is(op) && n.ins == [float, def.ins[1]];
-            let found = g.nodes().iter().find(same).map(|n| n.outs[0]);
-            found.ok_or_else(|| InferError::new("probe", "float rows of the experts are missing"))
+            let float = float_input(old, g, map, def.ins[0])?;
+            let v = g.op(op.clone(), &[float.v, map[&def.ins[1]].v])?;
+            Ok(New { v, ..float })
         }
         _ => Err(InferError::new("probe", "codes that are not quantised from a float")),
-    }
-}
-
-trait KindIs {
-    fn kind_is(&self, op: &chimera_ir::ops::GatherRows) -> bool;
-}
-
-impl KindIs for Node {
-    fn kind_is(&self, op: &chimera_ir::ops::GatherRows) -> bool {
-        matches!(&self.kind, Kind::Op(Op::GatherRows(o)) if o == op)
     }
 }
 

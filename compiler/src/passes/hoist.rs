@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use chimera_ir::{
     Graph, Value,
-    graph::{Kind, Node, Repeat},
+    graph::{Kind, Node},
     ops::InferError,
 };
 
@@ -107,8 +107,8 @@ impl Frozen {
             if !is {
                 node.ins.iter().for_each(|v| needed[v.0 as usize] = true);
             }
-            if let Kind::Repeat(Repeat { body, args, .. }) = &node.kind {
-                self.visit(body, args);
+            if let Kind::Repeat(repeat) = &node.kind {
+                self.visit(&repeat.body, &repeat.args);
             }
         }
         let results = g.outputs.iter().chain(&g.writes).map(|(_, v)| v);

@@ -3,7 +3,7 @@
 use chimera_ir::{
     DType, Type, Value,
     ops::{
-        BinaryFn, EflaBeta, GatedDelta, Mlstm, NormKind, PackPanels, Linear, Random, RandomDist, Rope, RowRms, ShortConv,
+        BinaryFn, EflaBeta, GatedDelta, Mlstm, NormKind, PackPanels, Linear, Random, Distribution, Rope, RowRms, ShortConv,
         SpanKnot, TitansMemory, UnaryFn, WindowAttention,
     },
 };
@@ -161,7 +161,7 @@ impl Net<'_> {
                 let qr = self.op(Rope { heads }, &[q, cos, sin])?;
                 let kr = self.op(Rope { heads }, &[key, cos, sin])?;
                 let ring = Type::f32(&[self.shape.rows, window, width]);
-                let count = Type::i32(&[self.shape.rows]);
+                let count = Type::i32(&[self.shape.rows, heads]);
                 let state = [("k", ring.clone()), ("v", ring), ("count", count)];
                 let ins = [q, qr, kr, v, persistent[0], persistent[1], hn, h, s.pos];
                 self.recurrent(attention, &ins, &site, &state, 1)?[0]
@@ -181,8 +181,8 @@ impl Net<'_> {
         }
         let (bits, width) = (cfg.knot.vector_bits, cfg.sketch_width());
         let (seed, step, first) = (self.seed(cfg.model_seed), self.word(TABLE_STEP), self.word(0));
-        let mut table = |net: &mut Self, stream: String, shape: &[usize]| {
-            let dist = RandomDist::Rademacher;
+        let table = |net: &mut Self, stream: String, shape: &[usize]| {
+            let dist = Distribution::Rademacher;
             let op = Random { dist, stream, shape: shape.to_vec(), members: 0, dtype: DType::I8 };
             net.op(op, &[seed, step, first])
         };

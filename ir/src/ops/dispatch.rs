@@ -11,7 +11,7 @@ use crate::{
 
 /// `index i32 [R, T, k] -> (order i32 [N], slot i32 [N], offsets i32 [groups * experts + 1], load i32 [experts])`, `N = R T k`.
 ///
-/// Flat slot `i = (r T + t) k + j` has the key `group(r) * experts + index[i]` with `group(r) = r / (R / groups)`. `order` maps a
+/// Flat slot `i = (r T + t) k + j` has the key `index[i] * groups + group(r)` with `group(r) = r / (R / groups)`. `order` maps a
 /// sorted position to its flat slot, `slot` is the inverse; the positions of key `g` are `offsets[g] .. offsets[g + 1]`, and `load`
 /// counts the slots of an expert over all groups. Indices outside the experts are clamped.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +43,7 @@ impl OpDef for Dispatch {
         let index = ins[0].to_i64();
         let per_group = index.len() / self.groups;
         let expert = |i: usize| index[i].clamp(0, self.experts as i64 - 1) as usize;
-        let key = |i: usize| i / per_group * self.experts + expert(i);
+        let key = |i: usize| expert(i) * self.groups + i / per_group;
         let mut order: Vec<usize> = (0..index.len()).collect();
         order.sort_by_key(|&i| key(i));
         let mut slot = vec![0; index.len()];
@@ -74,7 +74,7 @@ impl OpDef for Dispatch {
         let last = i32c(self.experts as i32 - 1);
         let key = |b: &mut Builder, g: &Expr, i: &Expr| {
             let e = Expr::load(index, i).min(last.clone()).max(i32c(0)).cast(Ty::I64);
-            b.bind(g * self.experts + e)
+            b.bind(e * self.groups + g)
         };
         cx.lanes(0, keys, 1, |cx, g| cx.store(next, g, i32c(0)));
         cx.each(0, self.groups, |cx, g| {
@@ -86,7 +86,7 @@ impl OpDef for Dispatch {
         cx.each(0, self.experts, |cx, e| {
             let total = cx.local(i32c(0));
             for g in 0..self.groups {
-                cx.set(total, total + Expr::load(next, &e + g * self.experts));
+                cx.set(total, total + Expr::load(next, &e * self.groups + g));
             }
             cx.put(3, e, total);
         });

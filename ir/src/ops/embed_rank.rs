@@ -94,6 +94,10 @@ impl OpDef for EmbedRank {
         true
     }
 
+    fn aligned(&self) -> &'static [usize] {
+        &[0]
+    }
+
     fn pulls(&self) -> &'static [usize] {
         &[0]
     }

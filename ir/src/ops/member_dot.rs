@@ -11,8 +11,8 @@ use crate::{
 
 /// `(x [R, T, n], B [M, n, r]) -> u [R, T, r]`: `u[row] = x[row] B[member]`, `member = batch row mod M`.
 ///
-/// With `gathered = (k, T)`: `(x [N, n], B [M, n, r], order i32 [N]) -> u [N, r]`, and the batch row of row `i` is `order[i] / k / T`; slots
-/// outside are clamped.
+/// With `gathered = (k, T)`: `(x [N, n], B [E, M, n, r], order i32 [N], index i32 [N / k, ..]) -> u [N, r]` with a factor for each expert;
+/// row `i` comes from slot `order[i]`, its batch row is `order[i] / k / T` and its expert `index[order[i]]`. Both are clamped.
 /// Section 13.4 of the semantics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemberDot {
@@ -38,15 +38,39 @@ pub(super) fn batch_rows(x: &Type, gathered: Option<(usize, usize)>, order: Opti
     }
 }
 
-/// Whether `x` and the operand behind the others fit: `[R, T, C]` alone, or `[N, C]` with `order i32 [N]`.
+/// Whether `x` and the operands behind the others fit: `[R, T, C]` alone, or `[N, C]` with `order i32 [N]` and `index`.
 pub(super) fn rows_fit(x: &Type, gathered: Option<(usize, usize)>, order: &[Type]) -> bool {
     match (gathered, order) {
         (None, []) => x.dims.len() == 3,
-        (Some((k, tokens)), [order]) => {
-            k * tokens > 0 && x.dims.len() == 2 && *order == Type::i32(&x.dims[..1]) && x.dims[0].is_multiple_of(k * tokens)
+        (Some((k, tokens)), [order, index]) => {
+            let slots = index.dtype == DType::I32 && index.numel() == x.dims[0];
+            let whole = k * tokens > 0 && x.dims[0].is_multiple_of(k * tokens);
+            slots && whole && x.dims.len() == 2 && *order == Type::i32(&x.dims[..1])
         }
         _ => false,
     }
+}
+
+/// Whether a factor has the shape `one`, with experts in front when gathered.
+pub(super) fn factor_fits(factor: &Type, one: &[usize], gathered: Option<(usize, usize)>) -> bool {
+    let dims = if gathered.is_some() { factor.dims.get(1..).unwrap_or(&[]) } else { &factor.dims[..] };
+    factor.dtype == DType::F32 && dims == one
+}
+
+/// The expert of row `row` from `[order, index]`, 0 when rows are not gathered.
+pub(super) fn expert_of(row: usize, experts: usize, routing: Option<&[&Tensor]>) -> usize {
+    let Some([order, index]) = routing else { return 0 };
+    let index = index.to_i64();
+    let slot = order.to_i64()[row].clamp(0, index.len() as i64 - 1);
+    index[slot as usize].clamp(0, experts as i64 - 1) as usize
+}
+
+/// The expert of row `row`; operand `order` is followed by the index.
+pub(super) fn expert(cx: &mut Lower<'_>, row: &Expr, order: usize, experts: usize) -> Expr {
+    let last = cx.ty(0).dims[0] as i32 - 1;
+    let slot = Expr::load(cx.buf(order), row).min(i32c(last)).max(i32c(0)).cast(Ty::I64);
+    let e = Expr::load(cx.buf(order + 1), slot).min(i32c(experts as i32 - 1)).max(i32c(0));
+    cx.bind(e.cast(Ty::I64))
 }
 
 /// The batch rows that `x` comes from.
@@ -72,7 +96,7 @@ impl OpDef for MemberDot {
         if let [x, b, order @ ..] = ins
             && x.dtype == DType::F32
             && self.members * self.rank > 0
-            && *b == Type::f32(&[self.members, x.cols(), self.rank])
+            && factor_fits(b, &[self.members, x.cols(), self.rank], self.gathered)
             && rows_fit(x, self.gathered, order)
             && n_batch_rows(x, self.gathered).is_multiple_of(self.members)
         {
@@ -80,7 +104,7 @@ impl OpDef for MemberDot {
             return Ok(vec![Type::f32(&[lead, &[self.rank]].concat())]);
         }
         let why = format!(
-            "takes x [R, T, n] and B [{}, n, {}], or x [N, n], B and order i32 [N]; the members divide the batch rows",
+            "takes x [R, T, n] and B [{}, n, {}], or x [N, n], B for each expert, order i32 [N] and index; the members divide the batch rows",
             self.members, self.rank
         );
         Err(InferError::new(Self::NAME, why))
@@ -91,7 +115,8 @@ impl OpDef for MemberDot {
         let (n, r) = (x.ty.cols(), self.rank);
         let mut out = vec![];
         for (row, batch) in batch_rows(&x.ty, self.gathered, ins.get(2).copied()).into_iter().enumerate() {
-            let b = &b[batch % self.members * n * r..][..n * r];
+            let e = expert_of(row, ins[1].ty.dims[0], ins.get(2..4));
+            let b = &b[(e * self.members + batch % self.members) * n * r..][..n * r];
             let x = &x.as_f32()[row * n..][..n];
             out.extend((0..r).map(|q| (0..n).map(|j| f64::from(x[j]) * f64::from(b[j * r + q])).sum::<f64>() as f32));
         }
@@ -109,6 +134,10 @@ impl OpDef for MemberDot {
         if r == 1 || self.gathered.is_some() {
             let row = cx.grid(x.rows());
             let member = batch_row(cx, &row, self.gathered, 2) % self.members;
+            let member = match self.gathered {
+                Some(_) => expert(cx, &row, 2, cx.ty(1).dims[0]) * self.members + member,
+                None => member,
+            };
             let base = cx.bind(member * (n * r));
             self.dot(cx, &row, |j, q| Expr::load(b, &base + j * r + q));
             return;
@@ -137,7 +166,7 @@ impl OpDef for MemberDot {
     }
 
     fn axes(&self, ins: &[Type]) -> Vec<Axis> {
-        [Axis::Rows, Axis::Shared, Axis::Rows][..ins.len()].to_vec()
+        [Axis::Rows, Axis::Shared, Axis::Rows, Axis::Rows][..ins.len()].to_vec()
     }
 
     fn accuracy(&self) -> Accuracy {
@@ -151,7 +180,8 @@ impl OpDef for MemberDot {
         };
         let gathered = |rank, members, k, tokens, rows: usize, n| {
             let many = rows * tokens * k;
-            let ins = vec![Type::f32(&[many, n]), Type::f32(&[members, n, rank]), Type::i32(&[many])];
+            let b = Type::f32(&[3, members, n, rank]);
+            let ins = vec![Type::f32(&[many, n]), b, Type::i32(&[many]), Type::i32(&[rows, tokens, k])];
             (MemberDot { rank, members, gathered: Some((k, tokens)) }, ins)
         };
         vec![
@@ -167,6 +197,9 @@ impl OpDef for MemberDot {
         if k == 2 {
             return Tensor::i32(&ty.dims, super::gather_rows::permutation(ty.numel(), random));
         }
+        if k == 3 {
+            return Tensor::i32(&ty.dims, (0..ty.numel()).map(|_| (random() * 3.9).abs() as i32).collect());
+        }
         super::random_tensor(ty, random)
     }
 
@@ -178,7 +211,7 @@ impl OpDef for MemberDot {
             (op(None), vec![f(&[4, 2, 5]), f(&[3, 5, 2])]),
             (op(None), vec![f(&[12, 5]), f(&[3, 5, 2])]),
             (op(Some((2, 1))), vec![f(&[12, 5]), f(&[3, 5, 2])]),
-            (op(Some((2, 1))), vec![f(&[12, 5]), f(&[3, 5, 2]), Type::i32(&[11])]),
+            (op(Some((2, 1))), vec![f(&[12, 5]), f(&[2, 3, 5, 2]), Type::i32(&[11]), Type::i32(&[12])]),
         ]
     }
 }

@@ -10,65 +10,99 @@ use crate::{
 
 mod balance;
 mod binary;
+mod check;
 mod combine;
+mod cross_entropy;
 mod dispatch;
 mod efla_beta;
+mod embed;
 mod embed_rank;
 mod gated_delta;
 mod gather_rows;
+mod group_scale;
 mod heads;
+mod linear;
 mod loop_exit;
 mod loop_mask;
+mod loss_mean;
 mod low_rank_grad;
 mod mean_abs;
 mod member_dot;
 mod mlstm;
+mod norm;
+mod norm_quantise;
+mod pack_panels;
+mod pack_ternary;
 mod positions;
 mod probe;
+mod quantise;
 mod random;
 mod rank_update;
+mod reshape;
 mod rms_scalar;
 mod rope;
 mod rope_table;
 mod route;
 mod row_rms;
+mod row_tiles;
+mod select;
 mod short_conv;
 mod span_knot;
 mod stack;
+mod ternary_dense;
+mod ternary_product;
+mod tile_rows;
 mod titans_memory;
 mod unary;
 mod weighted_sum;
+mod window_attention;
 
 pub use self::{
     balance::Balance,
     binary::{Binary, BinaryFn},
     combine::Combine,
+    cross_entropy::{CrossEntropy, IGNORE},
     dispatch::Dispatch,
     efla_beta::EflaBeta,
+    embed::Embed,
     embed_rank::EmbedRank,
     gated_delta::GatedDelta,
     gather_rows::GatherRows,
+    group_scale::{GroupScale, ScaleMode},
+    linear::Linear,
     loop_exit::LoopExit,
     loop_mask::LoopMask,
+    loss_mean::LossMean,
     low_rank_grad::LowRankGrad,
     mean_abs::MeanAbs,
     member_dot::MemberDot,
     mlstm::Mlstm,
+    norm::{Norm, NormKind},
+    norm_quantise::NormQuantise,
+    pack_panels::{PANEL, PackPanels, panels_type},
+    pack_ternary::{BLOCK_ROWS, PackTernary, packed_type},
     positions::Positions,
     probe::Probe,
+    quantise::{CODE_PAD, Quantise},
     random::{Distribution, Random, box_muller, philox, stream_id},
     rank_update::RankUpdate,
+    reshape::Reshape,
     rms_scalar::RmsScalar,
     rope::Rope,
     rope_table::{RopeScaling, RopeTable},
     route::Route,
     row_rms::RowRms,
+    select::Select,
     short_conv::ShortConv,
     span_knot::{Relaxed, SpanKnot},
     stack::Stack,
+    ternary_dense::TernaryDense,
+    ternary_product::TernaryProduct,
+    tile_rows::TileRows,
     titans_memory::TitansMemory,
     unary::{Unary, UnaryFn},
     weighted_sum::WeightedSum,
+    window_attention::WindowAttention,
 };
 
 /// Everything the project knows about one operation.
@@ -397,4 +431,4 @@ impl Op {
     }
 }
 
-ops! { Balance, Binary, Combine, Dispatch, EflaBeta, EmbedRank, GatedDelta, GatherRows, LoopExit, LoopMask, LowRankGrad, MeanAbs, MemberDot, Mlstm, Positions, Probe, Random, RankUpdate, RmsScalar, Rope, RopeTable, Route, RowRms, ShortConv, SpanKnot, Stack, TitansMemory, Unary, WeightedSum }
+ops! { Balance, Binary, Combine, CrossEntropy, Dispatch, EflaBeta, Embed, EmbedRank, GatedDelta, GatherRows, GroupScale, Linear, LoopExit, LoopMask, LossMean, LowRankGrad, MeanAbs, MemberDot, Mlstm, Norm, NormQuantise, PackPanels, PackTernary, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RowRms, Select, ShortConv, SpanKnot, Stack, TernaryDense, TernaryProduct, TileRows, TitansMemory, Unary, WeightedSum, WindowAttention }

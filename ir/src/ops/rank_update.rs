@@ -4,7 +4,7 @@
 
 use super::{
     Axis, Flops, InferError, OpDef, VjpCx,
-    member_dot::{batch_row, batch_rows, n_batch_rows, rows_fit},
+    member_dot::{batch_row, batch_rows, expert, expert_of, factor_fits, n_batch_rows, rows_fit},
 };
 use crate::{
     DType, Tensor, Type, Value,
@@ -14,8 +14,8 @@ use crate::{
 
 /// `(y [R, T, m], u [R, T, r], A [M, m, r], scale [1]) -> y + sign scale sum_q u[q] A[member, column, q]`, `R = 2 M`.
 ///
-/// `sign` is + for batch rows below `M`, `member = batch row mod M`. With `gathered = (k, T)`: `y [N, m]`, `u [N, r]` and a last operand
-/// `order i32 [N]`, see [`super::MemberDot`]. Section 13.4 of the semantics.
+/// `sign` is + for batch rows below `M`, `member = batch row mod M`. With `gathered = (k, T)`: `y [N, m]`, `u [N, r]`, `A [E, M, m, r]` and
+/// `scale [E, 1]` for each expert, then `order i32 [N]` and `index`, see [`super::MemberDot`]. Section 13.4 of the semantics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RankUpdate {
     /// The rank `r`.
@@ -34,26 +34,28 @@ impl OpDef for RankUpdate {
             && y.dtype == DType::F32
             && rows_fit(y, self.gathered, order)
             && *u == Type::f32(&[&y.dims[..y.dims.len() - 1], &[self.rank]].concat())
-            && *a == Type::f32(&[self.members, y.cols(), self.rank])
-            && *scale == Type::f32(&[1])
+            && factor_fits(a, &[self.members, y.cols(), self.rank], self.gathered)
+            && factor_fits(scale, &[1], self.gathered)
+            && (self.gathered.is_none() || scale.dims[0] == a.dims[0])
             && n_batch_rows(y, self.gathered) == 2 * self.members
         {
             return Ok(vec![y.clone()]);
         }
         let why = format!(
-            "takes y [2 M, T, m], u [2 M, T, {0}], A [M, m, {0}] and scale [1] with M = {1}, and order i32 [N] when gathered",
+            "takes y [2 M, T, m], u [2 M, T, {0}], A [M, m, {0}] and scale [1] with M = {1}; when gathered, A and scale for each expert, order i32 [N] and index",
             self.rank, self.members
         );
         Err(InferError::new(Self::NAME, why))
     }
 
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {
-        let (y, u, a, scale) = (ins[0], ins[1].as_f32(), ins[2].as_f32(), ins[3].as_f32()[0]);
+        let (y, u, a, scale) = (ins[0], ins[1].as_f32(), ins[2].as_f32(), ins[3].as_f32());
         let (m, r) = (y.ty.cols(), self.rank);
         let mut out = y.as_f32().to_vec();
         for (row, batch) in batch_rows(&y.ty, self.gathered, ins.get(4).copied()).into_iter().enumerate() {
-            let signed = if batch < self.members { scale } else { -scale };
-            let a = &a[batch % self.members * m * r..][..m * r];
+            let e = expert_of(row, ins[2].ty.dims[0], ins.get(4..6));
+            let signed = if batch < self.members { scale[e] } else { -scale[e] };
+            let a = &a[(e * self.members + batch % self.members) * m * r..][..m * r];
             for (col, out) in out[row * m..][..m].iter_mut().enumerate() {
                 let sum = (0..r).fold(0.0, |sum, q| u[row * r + q].mul_add(a[col * r + q], sum));
                 *out = signed.mul_add(sum, *out);
@@ -79,13 +81,17 @@ impl OpDef for RankUpdate {
         let batch = batch_row(cx, row, self.gathered, 4);
         let batch = cx.bind(batch);
         let y = cx.load(0, row, col);
-        let at = (&batch % self.members * m + col) * self.rank;
+        let e = match self.gathered {
+            Some(_) => expert(cx, row, 4, cx.ty(2).dims[0]),
+            None => Expr::from(0),
+        };
+        let at = ((&e * self.members + &batch % self.members) * m + col) * self.rank;
         let mut sum = f32c(0.0);
         for q in 0..self.rank {
             let u = cx.load(1, row, &Expr::from(q));
             sum = u.fma(Expr::load(cx.buf(2), &at + q), sum);
         }
-        let scale = cx.load(3, &Expr::from(0), &Expr::from(0));
+        let scale = cx.load(3, &e, &Expr::from(0));
         let scale = cx.bind(scale);
         let signed = batch.lt(Expr::from(self.members)).select(scale.clone(), -scale);
         Some(signed.fma(sum, y))
@@ -95,12 +101,16 @@ impl OpDef for RankUpdate {
         true
     }
 
+    fn aligned(&self) -> &'static [usize] {
+        &[0]
+    }
+
     fn pulls(&self) -> &'static [usize] {
         &[0]
     }
 
     fn axes(&self, ins: &[Type]) -> Vec<Axis> {
-        [Axis::Rows, Axis::Rows, Axis::Shared, Axis::Shared, Axis::Rows][..ins.len()].to_vec()
+        [Axis::Rows, Axis::Rows, Axis::Shared, Axis::Shared, Axis::Rows, Axis::Rows][..ins.len()].to_vec()
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
@@ -111,8 +121,9 @@ impl OpDef for RankUpdate {
         };
         let gathered = |rank, members, k, tokens, m| {
             let n = 2 * members * tokens * k;
-            let (y, u, a) = (Type::f32(&[n, m]), Type::f32(&[n, rank]), Type::f32(&[members, m, rank]));
-            let ins = vec![y, u, a, Type::f32(&[1]), Type::i32(&[n])];
+            let (y, u, a) = (Type::f32(&[n, m]), Type::f32(&[n, rank]), Type::f32(&[3, members, m, rank]));
+            let index = Type::i32(&[2 * members, tokens, k]);
+            let ins = vec![y, u, a, Type::f32(&[3, 1]), Type::i32(&[n]), index];
             (RankUpdate { rank, members, gathered: Some((k, tokens)) }, ins)
         };
         vec![of(1, 2, 3, 9), of(2, 1, 1, 16), gathered(1, 2, 2, 3, 7), gathered(2, 1, 1, 2, 5)]
@@ -121,6 +132,9 @@ impl OpDef for RankUpdate {
     fn sample_input(&self, k: usize, ty: &Type, random: &mut dyn FnMut() -> f32) -> Tensor {
         if k == 4 {
             return Tensor::i32(&ty.dims, super::gather_rows::permutation(ty.numel(), random));
+        }
+        if k == 5 {
+            return Tensor::i32(&ty.dims, (0..ty.numel()).map(|_| (random() * 3.9).abs() as i32).collect());
         }
         super::random_tensor(ty, random)
     }

@@ -71,6 +71,10 @@ impl OpDef for Select {
         true
     }
 
+    fn aligned(&self) -> &'static [usize] {
+        &[1, 2]
+    }
+
     fn pulls(&self) -> &'static [usize] {
         &[1, 2]
     }

@@ -2,18 +2,23 @@
 
 mod lower;
 
-use super::{Axis, Flops, InferError, OpDef, check, pack_ternary::BLOCK_ROWS};
+use super::{
+    Axis, Flops, InferError, OpDef, check,
+    pack_ternary::BLOCK_ROWS,
+    row_tiles::{group_of_rows, sample_offsets, sections},
+};
 use crate::{DType, Data, Tensor, Type, lower::Lower};
 
 /// `(codes i8 [.., np], scales [.., nc], then n_weights pairs (packed [G?, ceil(m / 32), np / 4, 32], alpha [m, nb] or [G, m, nb]),
-/// with grouped rows offsets i32 [G + 1])` → `n_weights` results `[.., m]`.
+/// with grouped rows offsets i32 [S + 1])` → `n_weights` results `[.., m]`.
 ///
 /// Blocks have `block` columns (0: the whole row has one scale), weight groups have `group` columns. The sum `p` over a block (over
 /// a group when the row has one scale) of codes times weights is an exact integer; then `s = fma(a, p, s)` over the blocks of a
 /// group and `y = fma(alpha, s, y)` over the groups, ascending, both from +0. Semantics section 3.2, erratum 4. One column of
 /// `alpha` stands for one group as long as the row.
 ///
-/// Batch row `r` of `R` uses weight group `r / (R / G)`; with grouped rows the rows `offsets[g] .. offsets[g + 1]` use group `g`.
+/// Batch row `r` of `R` uses weight group `r / (R / G)`; with grouped rows the rows `offsets[s] .. offsets[s + 1]` of section
+/// `s` of `S` use group `s / (S / G)`. Scales may have fewer groups than codes by the same rule.
 /// Byte `4 r8 + k4` of block `(ob, kb)` of the packed weights is laid out as by [`super::PackTernary`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct TernaryProduct {
@@ -97,17 +102,13 @@ impl TernaryProduct {
                 return fail(format!("weight {w} wants u8{dims:?} in {lead} groups, found {packed}"));
             }
             let alphas = if alpha.dims.len() == 3 { alpha.dims[0] } else { 1 };
-            let good = alpha.dims.ends_with(&[self.m, nb]) && (alphas == 1 || alphas == lead);
+            let good = alpha.dims.ends_with(&[self.m, nb]) && lead.is_multiple_of(alphas);
             if !good {
-                return fail(format!("weight {w} wants scales f32[{}, {nb}] in 1 or {lead} groups, found {alpha}", self.m));
+                return fail(format!("weight {w} wants scales f32[{}, {nb}] in groups that divide {lead}, found {alpha}", self.m));
             }
         }
         if self.grouped_rows {
-            let offsets = &ins[want - 1];
-            check::is(Self::NAME, "offsets", offsets, DType::I32, 1..=1)?;
-            if offsets.numel() != lead + 1 {
-                return fail(format!("{lead} groups of weights want {} offsets, found {offsets}", lead + 1));
-            }
+            sections(Self::NAME, lead, &ins[want - 1])?;
         } else {
             check::groups(Self::NAME, "a packed weight", &ins[2], 3, codes)?;
         }
@@ -126,16 +127,6 @@ impl TernaryProduct {
         }
         Ok(Shape { rows, np, nc, nb, groups: lead, piece, span })
     }
-
-    /// The weight group of every row.
-    fn group_of_rows(&self, s: &Shape, offsets: Option<&Tensor>) -> Vec<usize> {
-        match offsets.map(Tensor::to_i64) {
-            None => (0..s.rows).map(|row| row / (s.rows / s.groups)).collect(),
-            Some(offsets) => {
-                (0..s.rows as i64).map(|row| offsets[1..].iter().take_while(|&&end| end <= row).count()).collect()
-            }
-        }
-    }
 }
 
 impl OpDef for TernaryProduct {
@@ -152,7 +143,8 @@ impl OpDef for TernaryProduct {
         let types: Vec<Type> = ins.iter().map(|t| t.ty.clone()).collect();
         let (s, outs) = (self.shape(&types).expect("accepted before"), self.infer(&types).expect("accepted before"));
         let codes = ins[0].to_i64();
-        let group = self.group_of_rows(&s, self.grouped_rows.then(|| ins[ins.len() - 1]));
+        let offsets = self.grouped_rows.then(|| ins[ins.len() - 1].to_i64());
+        let group = group_of_rows(s.rows, s.groups, offsets.as_deref());
         let result = |w: usize| {
             let (packed, alpha) = (ins[Self::packed(w)], ins[Self::packed(w) + 1]);
             let Data::U8(bytes) = &packed.data else { panic!("infer wants bytes") };
@@ -171,7 +163,7 @@ impl OpDef for TernaryProduct {
                         let a = ins[1].as_f32()[row * s.nc + if self.block == 0 { 0 } else { c }];
                         a.mul_add(p as f32, sum)
                     });
-                    alpha.as_f32()[(g % alphas * self.m + o) * s.nb + b].mul_add(sum, y)
+                    alpha.as_f32()[(g / (s.groups / alphas) * self.m + o) * s.nb + b].mul_add(sum, y)
                 })
             };
             let out = (0..s.rows * self.m).map(|i| element(i / self.m, i % self.m)).collect();
@@ -195,8 +187,8 @@ impl OpDef for TernaryProduct {
     fn axes(&self, _: &[Type]) -> Vec<Axis> {
         let mut axes = vec![Axis::Rows; 2];
         for _ in 0..self.n_weights {
-            let pair = [Axis::Weight { rank: 3 }, Axis::Weight { rank: 2 }];
-            axes.extend(if self.grouped_rows { [Axis::Shared; 2] } else { pair });
+            let more = usize::from(self.grouped_rows);
+            axes.extend([Axis::Weight { rank: 3 + more }, Axis::Weight { rank: 2 + more }]);
         }
         axes.extend(self.grouped_rows.then_some(Axis::Shared));
         axes
@@ -215,13 +207,7 @@ impl OpDef for TernaryProduct {
                 let mut code = || ((random().abs() * 2.99) as u8).min(2);
                 Data::U8((0..n).map(|_| (0..4).map(|g| code() << (2 * g)).sum()).collect())
             }
-            // Uneven groups, one of them empty where there are more than two. The rows are those of the sample.
-            DType::I32 => {
-                let rows = GROUPED_ROWS as i32;
-                let last = n as i32 - 1;
-                let at = |g: i32| if g <= 1 { g.min(last) * rows / 4 } else { rows * g / last };
-                Data::I32((0..n as i32).map(|g| if g == 2 && last > 2 { at(1) } else { at(g) }).collect())
-            }
+            DType::I32 => Data::I32(sample_offsets(n, GROUPED_ROWS)),
             _ if k == 1 => Data::F32((0..n).map(|_| 0.01 + random().abs()).collect()),
             _ => Data::F32((0..n).map(|_| 0.1 + random().abs()).collect()),
         };
@@ -263,7 +249,9 @@ fn samples() -> Vec<(TernaryProduct, Vec<Type>)> {
             ins.push(Type::new(DType::U8, &with(&[op.m.div_ceil(BLOCK_ROWS), np / 4, 32], lead)));
             ins.push(Type::f32(&with(&[op.m, nb], alphas)));
         }
-        ins.extend(op.grouped_rows.then(|| Type::i32(&[lead.iter().product::<usize>() + 1])));
+        // Two sections for each group of an even number of groups.
+        let sections = |groups: usize| groups * (2 - groups % 2) + 1;
+        ins.extend(op.grouped_rows.then(|| Type::i32(&[sections(lead[0])])));
         (op, ins)
     };
     let op = |m, block, n_weights| TernaryProduct { m, group: 128, block, n_weights, grouped_rows: false };
@@ -282,6 +270,7 @@ fn samples() -> Vec<(TernaryProduct, Vec<Type>)> {
         of(&[2, 17], 320, op(64, 64, 2), &[2], 1, &[2]),
         of(&[4, 1], 128, op(32, 64, 1), &[2], 1, &[]),
         of(&[GROUPED_ROWS], 128, grouped(40, 2), &[2], 1, &[2]),
+        of(&[GROUPED_ROWS], 64, grouped(20, 1), &[4], 1, &[2]),
         of(&[GROUPED_ROWS], 192, grouped(33, 1), &[5], 2, &[5]),
     ]
 }

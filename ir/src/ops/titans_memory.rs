@@ -170,7 +170,7 @@ impl OpDef for TitansMemory {
         };
         let f = Frame { op: self, tokens, k, m, row0, h, init, state, base };
         if !self.carry {
-            f.state.map(|s| clear(cx, s, &f.base, k * m));
+            f.state.iter().for_each(|&s| clear(cx, s, &f.base, k * m));
         }
         if self.chunked && tokens > 1 {
             f.chunks(cx);

@@ -24,14 +24,8 @@ fn buffer(ty: Type, place: Place, name: &str) -> BufferDecl {
 /// A plan that uses everything the format has.
 pub(super) fn sample() -> Plan {
     let (v, c) = (Type::f32(&[2, 4]), Type::i32(&[1]));
-    let (x, w, s, y, counter, again) =
-        (BufferId(0), BufferId(1), BufferId(2), BufferId(3), BufferId(4), BufferId(5));
-    let run = |args: &[BufferId]| Step::Run {
-        kernel: KernelId(0),
-        args: args.to_vec(),
-        split: true,
-        group: 0,
-    };
+    let (x, w, s, y, counter, again) = (BufferId(0), BufferId(1), BufferId(2), BufferId(3), BufferId(4), BufferId(5));
+    let run = |args: &[BufferId]| Step::Run { kernel: KernelId(0), args: args.to_vec(), split: true, group: 0 };
     let mut plan = Plan {
         config: "{\"name\": \"sample\",\n \"x\": [1, \"\\u0000\"]}".into(),
         options: vec![("batch".into(), "2".into()), ("seq".into(), "4".into())],
@@ -62,26 +56,13 @@ pub(super) fn sample() -> Plan {
                 Step::Copy { from: s, to: y },
                 Step::LoopEnd { again },
             ],
-            groups: vec![Group {
-                name: "layers.0".into(),
-                flops: 3,
-                ternary: u64::MAX,
-                bytes: 1 << 63,
-            }],
-            lifetimes: vec![
-                Lifetime { buffer: x, first: 0, last: 0 },
-                Lifetime { buffer: y, first: 0, last: 4 },
-            ],
+            groups: vec![Group { name: "layers.0".into(), flops: 3, ternary: u64::MAX, bytes: 1 << 63 }],
+            lifetimes: vec![Lifetime { buffer: x, first: 0, last: 0 }, Lifetime { buffer: y, first: 0, last: 4 }],
             arena: 192,
             arena_bound: 132,
             shared: (7, 9),
         }],
-        decisions: vec![Decision {
-            entry: "loss".into(),
-            edge: "a -> b".into(),
-            verdict: "fused".into(),
-            count: 4,
-        }],
+        decisions: vec![Decision { entry: "loss".into(), edge: "a -> b".into(), verdict: "fused".into(), count: 4 }],
         ..Plan::default()
     };
     let constants = [
@@ -106,8 +87,7 @@ fn both_forms_round_trip_byte_for_byte() {
     for plan in [sample(), Plan::default()] {
         verify(&plan).expect("the sample verifies");
         let (text, bytes) = (to_text(&plan), to_bytes(&plan));
-        let (a, b) =
-            (from_text(&text).expect("text reads"), from_bytes(&bytes).expect("bytes read"));
+        let (a, b) = (from_text(&text).expect("text reads"), from_bytes(&bytes).expect("bytes read"));
         assert_eq!(a, plan);
         assert_eq!(b, plan);
         assert_eq!((to_text(&b), to_bytes(&a)), (text, bytes));
@@ -117,8 +97,7 @@ fn both_forms_round_trip_byte_for_byte() {
 #[test]
 fn bits_of_constants_survive() {
     let mut plan = sample();
-    plan.constants[0].1.data =
-        Data::F32([0x7FC0_1234u32, 0xFF80_0000, 0x8000_0000, 1].map(f32::from_bits).to_vec());
+    plan.constants[0].1.data = Data::F32([0x7FC0_1234u32, 0xFF80_0000, 0x8000_0000, 1].map(f32::from_bits).to_vec());
     for read in [from_text(&to_text(&plan)).unwrap(), from_bytes(&to_bytes(&plan)).unwrap()] {
         let bits: Vec<u32> = read.constants[0].1.as_f32().iter().map(|x| x.to_bits()).collect();
         assert_eq!(bits, [0x7FC0_1234, 0xFF80_0000, 0x8000_0000, 1]);
@@ -199,10 +178,7 @@ fn headers_are_checked() {
         let why = from_text(&text).expect_err("refused").why;
         assert!(why.contains(part), "{why}");
     };
-    refused(
-        text.replacen("chimera-plan 1 ", "chimera-plan 2 ", 1),
-        "format version 2, this program reads version 1",
-    );
+    refused(text.replacen("chimera-plan 1 ", "chimera-plan 2 ", 1), "format version 2, this program reads version 1");
     refused(text.replacen("chimera-plan", "chimera-clan", 1), "line 1 is not the header");
     refused(text.replacen("layers.0", "layers.1", 1), "changed or damaged");
     refused(sealed("(plan)"), "too early");
@@ -222,75 +198,45 @@ fn headers_are_checked() {
 #[test]
 fn broken_rules_are_named_with_their_place() {
     type Break = fn(&mut Plan);
-    let run = |p: &mut Plan, f: fn(&mut Vec<BufferId>, &mut KernelId, &mut u32)| match &mut p
-        .entries[0]
-        .steps[0]
-    {
-        Step::Run { kernel, args, group, .. } => f(args, kernel, group),
-        other => panic!("{other:?}"),
-    };
-    let runs: [(fn(&mut Vec<BufferId>, &mut KernelId, &mut u32), &str); 5] = [
+    type BreakRun = fn(&mut Vec<BufferId>, &mut KernelId, &mut u32);
+    let runs: [(BreakRun, &str); 5] = [
         (|a, _, _| a[0] = BufferId(99), "steps[0]: buffer 99 does not exist"),
         (|a, _, _| a.truncate(2), "steps[0]: found 2 arguments, expected 3"),
-        (
-            |a, _, _| a[0] = BufferId(4),
-            "steps[0]: buffer `counter` is i32[1], expected 8 elements of f32",
-        ),
+        (|a, _, _| a[0] = BufferId(4), "steps[0]: buffer `counter` is i32[1], expected 8 elements of f32"),
         (|_, k, _| k.0 = 1, "steps[0]: kernel 1 does not exist"),
         (|_, _, g| *g = 1, "steps[0]: group 1 does not exist"),
     ];
     for (f, part) in runs {
         let mut plan = sample();
-        run(&mut plan, f);
+        match &mut plan.entries[0].steps[0] {
+            Step::Run { kernel, args, group, .. } => f(args, kernel, group),
+            other => panic!("{other:?}"),
+        }
         expect(&plan, part);
     }
     let rules: [(Break, &str); 26] = [
         (|p| p.weights[1].name = "w.ternary".into(), "weights: the name `w.ternary` stands twice"),
-        (
-            |p| p.weights[0].ty.dims[1] = 0,
-            "weights[0] `w.ternary`: type f32[2, 0] has a dimension of 0",
-        ),
+        (|p| p.weights[0].ty.dims[1] = 0, "weights[0] `w.ternary`: type f32[2, 0] has a dimension of 0"),
         (|p| p.weights[0].ty.dims = vec![1 << 30; 3], "weights[0] `w.ternary`: type f32"),
         (|p| p.weights[0].ty.dims = vec![1; 17], "17 dimensions"),
         (|p| p.states[0].copies = 0, "states[0] `layers.0.S`: found 0 copies"),
-        (
-            |p| p.states[0].copies = 2,
-            "steps[2]: state buffer `s` has 2 copies, expected one for each of 3",
-        ),
+        (|p| p.states[0].copies = 2, "steps[2]: state buffer `s` has 2 copies, expected one for each of 3"),
         (|p| p.buffers[0].place = Place::Arena(32), "buffers[0] `x`: found offset 32"),
-        (
-            |p| p.buffers[0].place = Place::Arena(192),
-            "buffers[0] `x`: 32 bytes at offset 192 reach beyond the 192",
-        ),
+        (|p| p.buffers[0].place = Place::Arena(192), "buffers[0] `x`: 32 bytes at offset 192 reach beyond the 192"),
         (|p| p.buffers[0].place = Place::Arena(u64::MAX - 63), "reach beyond"),
         (|p| p.buffers[5].place = Place::Persistent(512), "buffers[5] `again`: 4 bytes"),
         (|p| p.buffers[1].place = Place::Weight(6), "buffers[1] `w`: its weight does not exist"),
         (|p| p.buffers[2].place = Place::State(1), "buffers[2] `s`: its state does not exist"),
-        (
-            |p| p.buffers[1].ty = Type::f32(&[9]),
-            "buffers[1] `w`: f32[9] is larger than its weight f32[2, 4]",
-        ),
+        (|p| p.buffers[1].ty = Type::f32(&[9]), "buffers[1] `w`: f32[9] is larger than its weight f32[2, 4]"),
         (|p| p.persistent = MAX_BYTES, "persistent: all memories together"),
-        (
-            |p| p.constants[1].0 = BufferId(0),
-            "constants[1]: buffer `x` is not in persistent memory",
-        ),
+        (|p| p.constants[1].0 = BufferId(0), "constants[1]: buffer `x` is not in persistent memory"),
         (|p| p.constants[1].0 = p.constants[0].0, "constants[1]: found 2 elements"),
-        (
-            |p| p.constants[3].1.data = Data::I8(vec![0; 3]),
-            "constants[3]: found 3 elements of i8 as i8[2]",
-        ),
-        (
-            |p| p.constants.push(p.constants[0].clone()),
-            "constants[7]: buffer `c` has a value already",
-        ),
+        (|p| p.constants[3].1.data = Data::I8(vec![0; 3]), "constants[3]: found 3 elements of i8 as i8[2]"),
+        (|p| p.constants.push(p.constants[0].clone()), "constants[7]: buffer `c` has a value already"),
         (|p| p.kernels[0].bufs[0].len = 1 << 62, "kernels[0] `add`: buffer `x`"),
         (|p| p.kernels[0].vars.clear(), "kernels[0] `add`: "),
         (|p| p.entries.push(p.entries[0].clone()), "entries: the name `loss` stands twice"),
-        (
-            |p| p.entries[0].inputs.push(("tokens".into(), BufferId(0))),
-            "entry `loss`: inputs: the name `tokens`",
-        ),
+        (|p| p.entries[0].inputs.push(("tokens".into(), BufferId(0))), "entry `loss`: inputs: the name `tokens`"),
         (|p| p.entries[0].inputs[0].1 = BufferId(6), "inputs `tokens`: buffer `c` is a constant"),
         (|p| p.entries[0].lifetimes[0].last = 5, "lifetimes[0]: found steps 0 to 5"),
         (
@@ -300,10 +246,7 @@ fn broken_rules_are_named_with_their_place() {
             },
             "entry `loss`: inputs `tokens`: buffer `x` reaches beyond the 192 bytes",
         ),
-        (
-            |p| p.entries[0].steps[3] = Step::Copy { from: BufferId(4), to: BufferId(0) },
-            "steps[3]: cannot copy",
-        ),
+        (|p| p.entries[0].steps[3] = Step::Copy { from: BufferId(4), to: BufferId(0) }, "steps[3]: cannot copy"),
     ];
     for (f, part) in rules {
         let mut plan = sample();
@@ -313,10 +256,7 @@ fn broken_rules_are_named_with_their_place() {
     let loops: [(Break, &str); 5] = [
         (|p| drop(p.entries[0].steps.pop()), "entry `loss`: the last loop has no end"),
         (|p| drop(p.entries[0].steps.remove(1)), "steps[3]: a loop ends that did not begin"),
-        (
-            |p| p.entries[0].steps[2] = p.entries[0].steps[1].clone(),
-            "steps[2]: a loop begins inside a loop",
-        ),
+        (|p| p.entries[0].steps[2] = p.entries[0].steps[1].clone(), "steps[2]: a loop begins inside a loop"),
         (
             |p| p.entries[0].steps[1] = Step::LoopBegin { max: MAX_LOOP + 1, counter: BufferId(4) },
             "steps[1]: found at most 4097",

@@ -53,9 +53,8 @@ pub fn to_text(plan: &Plan) -> String {
 /// # Errors
 /// The first thing that is wrong: header, version, checksum, form, or a rule of [`verify`].
 pub fn from_text(text: &str) -> Result<Plan, PlanError> {
-    let (header, body) = text
-        .split_once('\n')
-        .ok_or_else(|| PlanError::new("found no line, expected the header of a plan"))?;
+    let (header, body) =
+        text.split_once('\n').ok_or_else(|| PlanError::new("found no line, expected the header of a plan"))?;
     let words: Vec<&str> = header.split(' ').take(5).collect();
     let [NAME, version, "crc32c", sum] = words[..] else {
         return Err(PlanError::new(format!(
@@ -67,9 +66,7 @@ pub fn from_text(text: &str) -> Result<Plan, PlanError> {
     if sum != found {
         return Err(damaged(sum, &found));
     }
-    finish(
-        Sexpr::parse(body).map_err(|e| PlanError::new(e.to_string()).within("after the header"))?,
-    )
+    finish(Sexpr::parse(body).map_err(|e| PlanError::new(e.to_string()).within("after the header"))?)
 }
 
 /// Binary form.
@@ -98,25 +95,17 @@ pub fn from_bytes(bytes: &[u8]) -> Result<Plan, PlanError> {
     let length = u64::from_le_bytes(take(&mut rest)?);
     let sum = u32::from_le_bytes(take(&mut rest)?);
     if rest.len() as u64 != length {
-        return Err(PlanError::new(format!(
-            "found {} bytes after the header, expected {length}",
-            rest.len()
-        )));
+        return Err(PlanError::new(format!("found {} bytes after the header, expected {length}", rest.len())));
     }
     let found = crc32c(rest);
     if sum != found {
         return Err(damaged(&format!("{sum:08x}"), &format!("{found:08x}")));
     }
-    finish(
-        Sexpr::from_bytes(rest)
-            .map_err(|e| PlanError::new(e.to_string()).within("after the header"))?,
-    )
+    finish(Sexpr::from_bytes(rest).map_err(|e| PlanError::new(e.to_string()).within("after the header"))?)
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], PlanError> {
-    let (head, tail) = rest
-        .split_first_chunk()
-        .ok_or_else(|| PlanError::new("the header of the plan is cut off"))?;
+    let (head, tail) = rest.split_first_chunk().ok_or_else(|| PlanError::new("the header of the plan is cut off"))?;
     *rest = tail;
     Ok(*head)
 }

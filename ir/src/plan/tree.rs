@@ -46,8 +46,7 @@ pub(super) fn read(tree: &Sexpr) -> Result<Plan> {
         buffers: r.list("buffers", read_buffer)?,
         constants: r.list("constants", read_constant)?,
         persistent: r.section("persistent", Reader::word)?,
-        kernels: r
-            .list("kernels", |s| loops::parse(s).map_err(|e| PlanError::new(e.to_string())))?,
+        kernels: r.list("kernels", |s| loops::parse(s).map_err(|e| PlanError::new(e.to_string())))?,
         entries: r.list("entries", read_entry)?,
         decisions: r.last("decisions", read_decision)?,
     })
@@ -67,9 +66,8 @@ fn write_type(ty: &Type) -> Sexpr {
 
 fn read_type(s: &Sexpr) -> Result<Type> {
     let (name, dims) = s.as_form().ok_or_else(|| expected("a type", s))?;
-    let dtype = DType::parse(name).ok_or_else(|| {
-        PlanError::new(format!("found dtype `{name}`, expected one of f32 f64 bf16 i8 u8 i16 i32"))
-    })?;
+    let dtype = DType::parse(name)
+        .ok_or_else(|| PlanError::new(format!("found dtype `{name}`, expected one of f32 f64 bf16 i8 u8 i16 i32")))?;
     let dims = dims.iter().map(|d| narrow(d, "a dimension")).collect::<Result<_>>()?;
     Ok(Type { dtype, dims })
 }
@@ -87,10 +85,7 @@ fn read_weight(s: &Sexpr) -> Result<WeightDecl> {
         kind: {
             let name = r.symbol()?;
             let row = WeightKind::ALL.iter().find(|k| k.1 == name);
-            row.ok_or_else(|| {
-                PlanError::new(format!("found weight kind `{name}`, which is not known"))
-            })?
-            .0
+            row.ok_or_else(|| PlanError::new(format!("found weight kind `{name}`, which is not known")))?.0
         },
     };
     r.end(w)
@@ -186,11 +181,8 @@ fn read_constant(s: &Sexpr) -> Result<(BufferId, Tensor)> {
 }
 
 fn write_entry(e: &Entry) -> Sexpr {
-    let port =
-        |(name, buffer): &(String, BufferId)| Sexpr::List(vec![Sexpr::str(name), id(buffer.0)]);
-    let group = |g: &Group| {
-        Sexpr::List(vec![Sexpr::str(&g.name), word(g.flops), word(g.ternary), word(g.bytes)])
-    };
+    let port = |(name, buffer): &(String, BufferId)| Sexpr::List(vec![Sexpr::str(name), id(buffer.0)]);
+    let group = |g: &Group| Sexpr::List(vec![Sexpr::str(&g.name), word(g.flops), word(g.ternary), word(g.bytes)]);
     let lifetime = |l: &Lifetime| Sexpr::List(vec![id(l.buffer.0), id(l.first), id(l.last)]);
     Sexpr::List(vec![
         Sexpr::str(&e.name),
@@ -249,9 +241,7 @@ fn read_step(s: &Sexpr) -> Result<Step> {
                 "whole" => false,
                 "split" => true,
                 other => {
-                    return Err(PlanError::new(format!(
-                        "found `{other}`, expected `split` or `whole`"
-                    )));
+                    return Err(PlanError::new(format!("found `{other}`, expected `split` or `whole`")));
                 }
             };
             let group = r.id()?;
@@ -265,9 +255,7 @@ fn read_step(s: &Sexpr) -> Result<Step> {
         "loop" => Step::LoopBegin { max: r.id()?, counter: BufferId(r.id()?) },
         "again" => Step::LoopEnd { again: BufferId(r.id()?) },
         other => {
-            return Err(PlanError::new(format!(
-                "found step `{other}`, expected run, copy, loop or again"
-            )));
+            return Err(PlanError::new(format!("found step `{other}`, expected run, copy, loop or again")));
         }
     };
     r.end(step)
@@ -298,18 +286,12 @@ fn read_lifetime(s: &Sexpr) -> Result<Lifetime> {
 }
 
 fn write_decision(d: &Decision) -> Sexpr {
-    Sexpr::List(vec![
-        Sexpr::str(&d.entry),
-        Sexpr::str(&d.edge),
-        Sexpr::str(&d.verdict),
-        id(d.count),
-    ])
+    Sexpr::List(vec![Sexpr::str(&d.entry), Sexpr::str(&d.edge), Sexpr::str(&d.verdict), id(d.count)])
 }
 
 fn read_decision(s: &Sexpr) -> Result<Decision> {
     let mut r = Reader::list_of(s)?;
-    let decision =
-        Decision { entry: r.string()?, edge: r.string()?, verdict: r.string()?, count: r.id()? };
+    let decision = Decision { entry: r.string()?, edge: r.string()?, verdict: r.string()?, count: r.id()? };
     r.end(decision)
 }
 
@@ -328,8 +310,7 @@ fn expected(what: &str, found: &Sexpr) -> PlanError {
 
 fn narrow<T: TryFrom<i64>>(s: &Sexpr, what: &str) -> Result<T> {
     let x = s.as_int().ok_or_else(|| expected(what, s))?;
-    T::try_from(x)
-        .map_err(|_| PlanError::new(format!("found {x}, which is out of range for {what}")))
+    T::try_from(x).map_err(|_| PlanError::new(format!("found {x}, which is out of range for {what}")))
 }
 
 /// Takes the items of a list one by one.
@@ -345,16 +326,13 @@ impl<'a> Reader<'a> {
     fn form(s: &'a Sexpr, name: &str) -> Result<Reader<'a>> {
         match s.as_form() {
             Some((head, items)) if head == name => Ok(Reader { items }),
-            Some((head, _)) => {
-                Err(PlanError::new(format!("found section `{head}`, expected `{name}`")))
-            }
+            Some((head, _)) => Err(PlanError::new(format!("found section `{head}`, expected `{name}`"))),
             None => Err(expected(&format!("section `{name}`"), s)),
         }
     }
 
     fn next(&mut self) -> Result<&'a Sexpr> {
-        let (first, rest) =
-            self.items.split_first().ok_or_else(|| PlanError::new("the list ends too early"))?;
+        let (first, rest) = self.items.split_first().ok_or_else(|| PlanError::new("the list ends too early"))?;
         self.items = rest;
         Ok(first)
     }
@@ -390,11 +368,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The next item as a form of that name with fixed contents.
-    fn section<T>(
-        &mut self,
-        name: &str,
-        f: impl FnOnce(&mut Reader<'a>) -> Result<T>,
-    ) -> Result<T> {
+    fn section<T>(&mut self, name: &str, f: impl FnOnce(&mut Reader<'a>) -> Result<T>) -> Result<T> {
         let mut r = Reader::form(self.next()?, name)?;
         f(&mut r).and_then(|value| r.end(value)).map_err(|e| e.within(name))
     }
@@ -402,11 +376,7 @@ impl<'a> Reader<'a> {
     /// The next item as a form of that name with any number of like items.
     fn list<T>(&mut self, name: &str, f: impl Fn(&'a Sexpr) -> Result<T>) -> Result<Vec<T>> {
         let r = Reader::form(self.next()?, name)?;
-        r.items
-            .iter()
-            .enumerate()
-            .map(|(i, s)| f(s).map_err(|e| e.within(format!("{name}[{i}]"))))
-            .collect()
+        r.items.iter().enumerate().map(|(i, s)| f(s).map_err(|e| e.within(format!("{name}[{i}]")))).collect()
     }
 
     /// [`Reader::list`] for the last section.

@@ -84,9 +84,7 @@ fn memories(plan: &Plan) -> Result<()> {
     };
     unique("weights", plan.weights.iter().map(|w| &w.name))?;
     for (i, w) in plan.weights.iter().enumerate() {
-        bytes(&w.ty)
-            .and_then(&mut grow)
-            .map_err(|e| e.within(format!("weights[{i}] `{}`", w.name)))?;
+        bytes(&w.ty).and_then(&mut grow).map_err(|e| e.within(format!("weights[{i}] `{}`", w.name)))?;
     }
     unique("states", plan.states.iter().map(|s| &s.name))?;
     for (i, s) in plan.states.iter().enumerate() {
@@ -108,7 +106,7 @@ fn memories(plan: &Plan) -> Result<()> {
 fn buffer(plan: &Plan, b: &BufferDecl) -> Result<()> {
     let n = bytes(&b.ty)?;
     let inside = |what: &str, at: u64, all: u64| {
-        if at % 64 != 0 {
+        if !at.is_multiple_of(64) {
             return fail(format!("found offset {at} in {what}, expected a multiple of 64"));
         }
         match at.checked_add(n) {
@@ -118,9 +116,7 @@ fn buffer(plan: &Plan, b: &BufferDecl) -> Result<()> {
     };
     let part = |what: &str, whole: Option<&Type>| match whole {
         None => fail(format!("its {what} does not exist")),
-        Some(whole) if n > whole.bytes() as u64 => {
-            fail(format!("{} is larger than its {what} {whole}", b.ty))
-        }
+        Some(whole) if n > whole.bytes() as u64 => fail(format!("{} is larger than its {what} {whole}", b.ty)),
         Some(_) => Ok(()),
     };
     match b.place {
@@ -164,9 +160,7 @@ fn constants(plan: &Plan) -> Result<Vec<bool>> {
 fn kernel(k: &Kernel) -> Result<()> {
     let mut scratch = 0u64;
     for b in &k.bufs {
-        let n = (b.len as u64)
-            .checked_mul(b.dtype.size() as u64)
-            .filter(|n| (1..MAX_BYTES).contains(n));
+        let n = (b.len as u64).checked_mul(b.dtype.size() as u64).filter(|n| (1..MAX_BYTES).contains(n));
         let Some(n) = n else {
             return fail(format!(
                 "buffer `{}` has {} elements, expected at least 1 and less than {MAX_BYTES} bytes",
@@ -178,9 +172,7 @@ fn kernel(k: &Kernel) -> Result<()> {
         }
     }
     if scratch >= MAX_BYTES {
-        return fail(format!(
-            "found {scratch} bytes of scratch memory, expected less than {MAX_BYTES}"
-        ));
+        return fail(format!("found {scratch} bytes of scratch memory, expected less than {MAX_BYTES}"));
     }
     if i64::try_from(k.grid).is_err() {
         return fail(format!("found a grid of {}, expected at most {}", k.grid, i64::MAX));
@@ -200,8 +192,7 @@ struct Check<'a> {
 impl<'a> Check<'a> {
     fn entry(mut self) -> Result<()> {
         let e = self.entry;
-        for (what, ports, written) in [("inputs", &e.inputs, true), ("outputs", &e.outputs, false)]
-        {
+        for (what, ports, written) in [("inputs", &e.inputs, true), ("outputs", &e.outputs, false)] {
             unique(what, ports.iter().map(|p| &p.0))?;
             for (name, id) in ports {
                 self.touch(*id, written).map_err(|err| err.within(format!("{what} `{name}`")))?;
@@ -233,8 +224,7 @@ impl<'a> Check<'a> {
                 ));
             }
             Place::State(i) => {
-                let (copies, max) =
-                    (self.plan.states[i as usize].copies, self.in_loop.unwrap_or(1));
+                let (copies, max) = (self.plan.states[i as usize].copies, self.in_loop.unwrap_or(1));
                 if copies < max {
                     return fail(format!(
                         "state buffer `{}` has {copies} copies, expected one for each of {max} iterations",
@@ -299,9 +289,7 @@ impl<'a> Check<'a> {
                     return fail("a loop begins inside a loop, expected its end first");
                 }
                 if !(1..=MAX_LOOP).contains(max) {
-                    return fail(format!(
-                        "found at most {max} iterations, expected 1 to {MAX_LOOP}"
-                    ));
+                    return fail(format!("found at most {max} iterations, expected 1 to {MAX_LOOP}"));
                 }
                 self.in_loop = Some(*max);
                 self.flag(*counter, true)

@@ -4,7 +4,7 @@
 
 use super::memory::{Element, bytes_of};
 use super::program::stride;
-use super::{EntryId, ExecError, Executable};
+use super::{EntryId, EntryKey, ExecError, Executable};
 use chimera_ir::plan::{BufferId, Place};
 use chimera_ir::{DType, Type};
 use std::borrow::Cow;
@@ -27,13 +27,7 @@ fn shape(what: &'static str, name: &str, found: String, expected: String) -> Exe
 }
 
 /// Whether `n` elements of `dtype` are what `ty` declares.
-fn check_len(
-    what: &'static str,
-    name: &str,
-    dtype: DType,
-    n: usize,
-    ty: &Type,
-) -> Result<(), ExecError> {
+fn check_len(what: &'static str, name: &str, dtype: DType, n: usize, ty: &Type) -> Result<(), ExecError> {
     if ty.dtype == dtype && ty.numel() == n {
         return Ok(());
     }
@@ -62,37 +56,20 @@ impl Executable {
     ///
     /// # Errors
     /// No such weight, or another shape or element type than the plan declares.
-    pub fn set_weight<T: Element>(
-        &mut self,
-        name: &str,
-        dims: &[usize],
-        values: &[T],
-    ) -> Result<(), ExecError> {
+    pub fn set_weight<T: Element>(&mut self, name: &str, dims: &[usize], values: &[T]) -> Result<(), ExecError> {
         let i = self.weight_index(name)?;
         let ty = &self.plan.weights[i].ty;
         let narrowed = ty.dtype == DType::BF16 && T::DTYPE == DType::F32;
         if ty.dims != dims || (ty.dtype != T::DTYPE && !narrowed) {
-            return Err(shape(
-                "weight",
-                name,
-                Type::new(T::DTYPE, dims).to_string(),
-                ty.to_string(),
-            ));
+            return Err(shape("weight", name, Type::new(T::DTYPE, dims).to_string(), ty.to_string()));
         }
         let n = ty.numel();
         if values.len() != n {
-            return Err(shape(
-                "weight",
-                name,
-                format!("{} elements", values.len()),
-                format!("{n}"),
-            ));
+            return Err(shape("weight", name, format!("{} elements", values.len()), format!("{n}")));
         }
         let block = &mut self.memory.weights[i];
         if narrowed {
-            let bytes = bytes_of(values)
-                .chunks_exact(4)
-                .map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+            let bytes = bytes_of(values).chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
             for (to, x) in block.slice_mut::<half::bf16>(0, n).iter_mut().zip(bytes) {
                 *to = half::bf16::from_f32(x);
             }
@@ -100,8 +77,7 @@ impl Executable {
             block.slice_mut::<T>(0, n).copy_from_slice(values);
         }
         self.weight_set[i] = true;
-        self.stale |=
-            self.prepare.is_some_and(|p| self.entries[p.0].reads.binary_search(&i).is_ok());
+        self.stale |= self.prepare.is_some_and(|p| self.entries[p.0].reads.binary_search(&i).is_ok());
         Ok(())
     }
 
@@ -122,9 +98,7 @@ impl Executable {
     /// No such weight, or another element type.
     pub fn weight_f32(&self, name: &str) -> Result<Cow<'_, [f32]>, ExecError> {
         match self.plan.weights[self.weight_index(name)?].ty.dtype {
-            DType::BF16 => {
-                Ok(self.weight::<half::bf16>(name)?.iter().map(|x| x.to_f32()).collect())
-            }
+            DType::BF16 => Ok(self.weight::<half::bf16>(name)?.iter().map(|x| x.to_f32()).collect()),
             _ => self.weight(name).map(Cow::Borrowed),
         }
     }
@@ -155,8 +129,7 @@ impl Executable {
     /// No such state or copy.
     pub fn state(&self, name: &str, copy: usize) -> Result<&[u8], ExecError> {
         let i = self.state_index(name, copy)?;
-        Ok(self.memory.states[i]
-            .slice(stride(&self.plan, i) * copy, self.plan.states[i].ty.bytes()))
+        Ok(self.memory.states[i].slice(stride(&self.plan, i) * copy, self.plan.states[i].ty.bytes()))
     }
 
     /// Overwrite one copy of a state.
@@ -191,12 +164,8 @@ impl Executable {
     ///
     /// # Errors
     /// No such input, or another number or type of elements than the plan declares.
-    pub fn set_input<T: Element>(
-        &mut self,
-        entry: EntryId,
-        name: &str,
-        values: &[T],
-    ) -> Result<(), ExecError> {
+    pub fn set_input<T: Element>(&mut self, entry: impl EntryKey, name: &str, values: &[T]) -> Result<(), ExecError> {
+        let entry = entry.of(self)?;
         let ports = &self.plan.entries[entry.0].inputs;
         let i = find("input", name, ports.iter().map(|p| &p.0))?;
         check_len("input", name, T::DTYPE, values.len(), &self.plan.buffer(ports[i].1).ty)?;
@@ -210,15 +179,13 @@ impl Executable {
     ///
     /// # Errors
     /// No such output, another element type, or another entry point ran since.
-    pub fn output<T: Element>(&self, entry: EntryId, name: &str) -> Result<&[T], ExecError> {
+    pub fn output<T: Element>(&self, entry: impl EntryKey, name: &str) -> Result<&[T], ExecError> {
+        let entry = entry.of(self)?;
         let buffer = self.output_buffer(entry, name)?;
         let decl = self.plan.buffer(buffer);
         check_len("output", name, T::DTYPE, decl.ty.numel(), &decl.ty)?;
         if matches!(decl.place, Place::Arena(_)) && self.live != Some(entry) {
-            return Err(ExecError::Stale {
-                entry: self.plan.entries[entry.0].name.clone(),
-                name: name.to_owned(),
-            });
+            return Err(ExecError::Stale { entry: self.plan.entries[entry.0].name.clone(), name: name.to_owned() });
         }
         let (block, at) = self.memory.locate(&self.plan, buffer, 0);
         Ok(block.slice(at, decl.ty.numel()))
@@ -228,8 +195,8 @@ impl Executable {
     ///
     /// # Errors
     /// When there is none of that name.
-    pub fn output_type(&self, entry: EntryId, name: &str) -> Result<&Type, ExecError> {
-        Ok(&self.plan.buffer(self.output_buffer(entry, name)?).ty)
+    pub fn output_type(&self, entry: impl EntryKey, name: &str) -> Result<&Type, ExecError> {
+        Ok(&self.plan.buffer(self.output_buffer(entry.of(self)?, name)?).ty)
     }
 
     fn output_buffer(&self, entry: EntryId, name: &str) -> Result<BufferId, ExecError> {

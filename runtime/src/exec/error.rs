@@ -72,9 +72,7 @@ impl ExecError {
     /// Exit code of a command that ends with this error: 1 failure, 4 resource (memory, threads), 5 corrupted plan.
     pub fn exit_code(&self) -> u8 {
         match self {
-            ExecError::Memory { .. }
-            | ExecError::Threads(_)
-            | ExecError::Compile(CodegenError::Memory(_)) => 4,
+            ExecError::Memory { .. } | ExecError::Threads(_) | ExecError::Compile(CodegenError::Memory(_)) => 4,
             ExecError::Plan(_) => 5,
             _ => 1,
         }
@@ -84,8 +82,7 @@ impl ExecError {
 /// The first names of a list.
 fn few(names: &[String]) -> String {
     const SHOWN: usize = 12;
-    let mut text =
-        names.iter().take(SHOWN).map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+    let mut text = names.iter().take(SHOWN).map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN {
         text += &format!(" and {} more", names.len() - SHOWN);
     }

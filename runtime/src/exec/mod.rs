@@ -50,6 +50,27 @@ impl Default for ExecOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EntryId(usize);
 
+/// What names an entry point: its id, or its name at the cost of a search.
+pub trait EntryKey {
+    /// The id in `exec`.
+    ///
+    /// # Errors
+    /// When there is no such entry point.
+    fn of(self, exec: &Executable) -> Result<EntryId, ExecError>;
+}
+
+impl EntryKey for EntryId {
+    fn of(self, _: &Executable) -> Result<EntryId, ExecError> {
+        Ok(self)
+    }
+}
+
+impl EntryKey for &str {
+    fn of(self, exec: &Executable) -> Result<EntryId, ExecError> {
+        exec.entry(self)
+    }
+}
+
 /// The value of an input, kept from call to call.
 #[derive(Debug)]
 struct Input {
@@ -100,7 +121,8 @@ impl Executable {
         plan::verify(&plan)?;
         let threads = options.threads.max(1);
         // Regions of two workers never share a cache line, nor the pair that a prefetcher fetches.
-        let scratch_stride = plan.kernels.iter().map(|k| k.scratch_bytes()).max().unwrap_or(0).next_multiple_of(2 * ALIGN);
+        let scratch_stride =
+            plan.kernels.iter().map(|k| k.scratch_bytes()).max().unwrap_or(0).next_multiple_of(2 * ALIGN);
         let input_bytes = |e: &plan::Entry| e.inputs.iter().map(|i| plan.buffer(i.1).ty.bytes() as u64).sum::<u64>();
         let table_len = program::table_len(&plan);
         let parts = [
@@ -120,7 +142,8 @@ impl Executable {
                 return Err(ExecError::Memory { what, needed, allowed });
             }
         }
-        let module = chimera_codegen::compile(&plan.kernels, &options.target, &options.emitters).map_err(ExecError::Compile)?;
+        let module =
+            chimera_codegen::compile(&plan.kernels, &options.target, &options.emitters).map_err(ExecError::Compile)?;
         let pool = Pool::new(threads).map_err(ExecError::Threads)?;
         let block = |what, needed| Block::zeroed(needed).ok_or(ExecError::Memory { what, needed, allowed: None });
         let weight = |w: &plan::WeightDecl| block("a weight", w.ty.bytes() as u64);
@@ -137,7 +160,8 @@ impl Executable {
         let input = |i: &(String, plan::BufferId)| {
             Ok(Input { value: block("an input", plan.buffer(i.1).ty.bytes() as u64)?, set: false })
         };
-        let inputs = plan.entries.iter().map(|e| e.inputs.iter().map(input).collect()).collect::<Result<_, ExecError>>()?;
+        let inputs =
+            plan.entries.iter().map(|e| e.inputs.iter().map(input).collect()).collect::<Result<_, ExecError>>()?;
         let prepare = plan.entries.iter().position(|e| e.name == PREPARE);
         let depends = |e: &Flat| prepare.is_some_and(|p| e.depends_on(&entries[p]));
         let mut prepared: Vec<bool> = entries.iter().map(depends).collect();

@@ -23,12 +23,7 @@ pub(super) fn stride(plan: &Plan, state: usize) -> usize {
 
 impl Memory {
     /// The block, and the first byte in it, of a buffer in the given iteration.
-    pub(super) fn locate(
-        &self,
-        plan: &Plan,
-        buffer: BufferId,
-        iteration: usize,
-    ) -> (&Block, usize) {
+    pub(super) fn locate(&self, plan: &Plan, buffer: BufferId, iteration: usize) -> (&Block, usize) {
         match plan.buffer(buffer).place {
             Place::Arena(at) => (&self.arena, at as usize),
             Place::Persistent(at) => (&self.persistent, at as usize),
@@ -170,13 +165,7 @@ impl Table {
         &self.0[addresses.first + addresses.stride * iteration..]
     }
 
-    fn add(
-        &mut self,
-        plan: &Plan,
-        memory: &Memory,
-        buffers: &[BufferId],
-        iterations: usize,
-    ) -> Addresses {
+    fn add(&mut self, plan: &Plan, memory: &Memory, buffers: &[BufferId], iterations: usize) -> Addresses {
         let first = self.0.len();
         let varies = varies(plan, buffers);
         for iteration in 0..if varies { iterations } else { 1 } {

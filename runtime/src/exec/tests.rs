@@ -2,9 +2,7 @@
 
 use super::*;
 use chimera_ir::loops::{Builder, Expr, Kernel, Role, Ty};
-use chimera_ir::plan::{
-    BufferDecl, BufferId, Entry, Group, KernelId, Place, StateDecl, Step, WeightDecl,
-};
+use chimera_ir::plan::{BufferDecl, BufferId, Entry, Group, KernelId, Place, StateDecl, Step, WeightDecl};
 use chimera_ir::{DType, Tensor, Type};
 
 const N: usize = 40;
@@ -50,12 +48,7 @@ fn run(kernel: u32, args: &[BufferId]) -> Step {
     Step::Run { kernel: KernelId(kernel), args: args.to_vec(), split: true, group: 0 }
 }
 
-fn entry(
-    name: &str,
-    inputs: &[(&str, BufferId)],
-    outputs: &[(&str, BufferId)],
-    steps: &[Step],
-) -> Entry {
+fn entry(name: &str, inputs: &[(&str, BufferId)], outputs: &[(&str, BufferId)], steps: &[Step]) -> Entry {
     let ports = |p: &[(&str, BufferId)]| p.iter().map(|(n, b)| ((*n).to_owned(), *b)).collect();
     Entry {
         name: name.into(),
@@ -115,19 +108,14 @@ fn plan() -> Plan {
 }
 
 fn options(threads: usize, emitters: &str) -> ExecOptions {
-    ExecOptions {
-        threads,
-        emitters: Allowed::parse(emitters).expect("known emitters"),
-        ..ExecOptions::default()
-    }
+    ExecOptions { threads, emitters: Allowed::parse(emitters).expect("known emitters"), ..ExecOptions::default() }
 }
 
 /// Every emitter with 1, 2 and 3 threads.
 fn each(f: impl Fn(&mut Executable)) {
     for emitters in ["portable", "interp"] {
         for threads in [1, 2, 3] {
-            f(&mut Executable::new(plan(), &options(threads, emitters))
-                .expect("the plan is sound"));
+            f(&mut Executable::new(plan(), &options(threads, emitters)).expect("the plan is sound"));
         }
     }
 }
@@ -151,21 +139,17 @@ fn derived_memory_follows_the_weights() {
         assert_eq!(e.output::<f32>(forward, "h").unwrap(), ramp(5.0));
         // Another weight: the input of this call was set before `prepare` runs, and keeps its value.
         e.set_weight("w", &[N], &ramp(4.0)).unwrap();
-        e.run_entry(forward).unwrap();
+        e.run(forward).unwrap();
         assert_eq!(e.output::<f32>(forward, "h").unwrap(), ramp(9.0));
         e.set_input(update, "x", &ramp(1.0)).unwrap();
-        e.run_entry(update).unwrap();
-        e.run_entry(update).unwrap();
+        e.run(update).unwrap();
+        e.run(update).unwrap();
         assert_eq!(e.weight::<f32>("w").unwrap(), ramp(6.0));
         assert_eq!(e.weight_f32("m").unwrap(), ramp(2.0));
-        e.run_entry(forward).unwrap();
+        e.run(forward).unwrap();
         assert_eq!(e.output::<f32>(forward, "h").unwrap(), ramp(13.0));
         let derived = e.entry(PREPARE).unwrap();
-        assert_eq!(
-            e.output::<f32>(derived, "derived").unwrap(),
-            ramp(12.0),
-            "persistent outputs stay"
-        );
+        assert_eq!(e.output::<f32>(derived, "derived").unwrap(), ramp(12.0), "persistent outputs stay");
     });
 }
 
@@ -178,14 +162,14 @@ fn prepare_runs_only_when_needed() {
         e.set_input(id, "x", &ramp(0.0)).unwrap();
     }
     e.set_input(looped, "limit", &[0i32]).unwrap();
-    e.run_entry(looped).unwrap();
+    e.run(looped).unwrap();
     assert!(e.stale, "the loop does not read what prepare derives");
-    e.run_entry(forward).unwrap();
+    e.run(forward).unwrap();
     assert!(!e.stale);
     // Were `prepare` run again, it would repair this.
     e.memory.persistent.slice_mut::<f32>(0, N).fill(7.0);
     e.set_weight("m", &[N], &ramp(1.0)).unwrap();
-    e.run_entry(forward).unwrap();
+    e.run(forward).unwrap();
     assert_eq!(e.output::<f32>(forward, "h").unwrap(), [7.0; N]);
     e.set_weight("w", &[N], &ramp(1.0)).unwrap();
     e.prepare().unwrap();
@@ -199,8 +183,8 @@ fn loops_have_a_state_for_every_iteration() {
             let id = e.entry("loop").unwrap();
             e.set_input(id, "x", &ramp(1.0)).unwrap();
             e.set_input(id, "limit", &[limit]).unwrap();
-            e.run_entry(id).unwrap();
-            e.run_entry(id).unwrap();
+            e.run(id).unwrap();
+            e.run(id).unwrap();
             let expected: Vec<f32> = ramp(1.0).iter().map(|x| x + iterations as f32).collect();
             assert_eq!(e.output::<f32>(id, "h").unwrap(), expected);
             assert_eq!(e.output::<i32>(id, "counter").unwrap(), [iterations - 1]);
@@ -224,10 +208,7 @@ fn traces_name_every_executed_step() {
     e.set_input(id, "x", &ramp(1.0)).unwrap();
     e.set_input(id, "limit", &[1]).unwrap();
     let trace: Vec<_> = e.run_traced(id).unwrap().iter().map(|t| (t.step, t.iteration)).collect();
-    assert_eq!(
-        trace,
-        [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 1), (3, 1), (4, 1), (5, 1)]
-    );
+    assert_eq!(trace, [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 1), (3, 1), (4, 1), (5, 1)]);
 }
 
 #[test]
@@ -235,7 +216,7 @@ fn narrow_weights_take_floats() {
     let mut narrow = Plan { weights: plan().weights, ..Plan::default() };
     narrow.weights[0].ty = Type::new(DType::BF16, &[2, 2]);
     let mut e = Executable::new(narrow, &options(1, "interp")).unwrap();
-    e.set_weight("w", &[2, 2], &[1.0f32, -0.5, 1.00390625, 1.01171875]).unwrap();
+    e.set_weight("w", &[2, 2], &[1.0f32, -0.5, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]).unwrap();
     assert_eq!(e.weight_f32("w").unwrap()[..], [1.0, -0.5, 1.0, 1.015625], "ties go to even");
     e.set_weight("w", &[2, 2], &[half::bf16::from_f32(3.0); 4]).unwrap();
     assert_eq!(e.weight_f32("w").unwrap()[..], [3.0; 4]);
@@ -251,28 +232,19 @@ fn mistakes_are_answered_with_names_and_shapes() {
     }
     let mut e = Executable::new(plan(), &options(1, "portable")).unwrap();
     let (forward, looped) = (e.entry("forward").unwrap(), e.entry("loop").unwrap());
-    says(
-        e.run("backward"),
-        &["no entry point", "`backward`", "`forward`, `update`, `prepare`, `loop`"],
-    );
+    says(e.run("backward"), &["no entry point", "`backward`", "`forward`, `update`, `prepare`, `loop`"]);
     says(e.run("forward"), &["`prepare` reads 1 weights that were never set: `w`"]);
     says(e.run("update"), &["`update` reads 1 weights"]);
     assert_eq!(e.missing_weights(), ["w"]);
     says(e.set_weight("v", &[N], &ramp(1.0)), &["no weight is called `v`", "`w`, `m`"]);
-    says(
-        e.set_weight("w", &[N, 1], &ramp(1.0)),
-        &["weight `w`: found f32[40, 1], expected f32[40]"],
-    );
+    says(e.set_weight("w", &[N, 1], &ramp(1.0)), &["weight `w`: found f32[40, 1], expected f32[40]"]);
     says(e.set_weight("w", &[N], &[1i32; N]), &["found i32[40], expected f32[40]"]);
     says(e.set_weight("w", &[N], &[1.0f32]), &["found 1 elements, expected 40"]);
     says(e.weight::<i8>("w"), &["found 40 elements of i8"]);
     e.set_weight("w", &[N], &ramp(1.0)).unwrap();
     says(e.run("loop"), &["`loop` reads 2 inputs that were never set: `x`, `limit`"]);
     says(e.set_input(forward, "y", &[0f32]), &["no input is called `y`", "`x`"]);
-    says(
-        e.set_input(forward, "x", &[0f32; 3]),
-        &["input `x`: found 3 elements of f32, expected f32[40]"],
-    );
+    says(e.set_input(forward, "x", &[0f32; 3]), &["input `x`: found 3 elements of f32, expected f32[40]"]);
     says(e.set_input(forward, "x", &[0i32; N]), &["40 elements of i32"]);
     says(e.output::<f32>(forward, "h"), &["output `h` of entry point `forward` is not there"]);
     e.set_input(forward, "x", &ramp(1.0)).unwrap();
@@ -295,20 +267,14 @@ fn unsound_plans_and_small_limits_are_refused() {
     let error = Executable::new(broken, &options(1, "portable")).unwrap_err();
     assert_eq!((error.exit_code(), error.to_string().contains("buffers[0]")), (5, true), "{error}");
     let bytes = Executable::new(plan(), &options(2, "portable")).unwrap().bytes();
-    let limited =
-        |max_bytes| Executable::new(plan(), &ExecOptions { max_bytes, ..options(2, "portable") });
+    let limited = |max_bytes| Executable::new(plan(), &ExecOptions { max_bytes, ..options(2, "portable") });
     assert_eq!(limited(bytes).unwrap().bytes(), bytes);
     let error = limited(bytes - 1).unwrap_err();
     assert_eq!(error.exit_code(), 4, "{error}");
-    assert!(matches!(
-        limited(1500).unwrap_err(),
-        ExecError::Memory { needed: 512, allowed: Some(476), .. }
-    ));
+    assert!(matches!(limited(1500).unwrap_err(), ExecError::Memory { needed: 512, allowed: Some(476), .. }));
     let mut huge = plan();
     huge.states[0] = StateDecl { name: "s".into(), ty: Type::f32(&[1 << 28]), copies: 1000 };
-    let error =
-        Executable::new(huge, &ExecOptions { max_bytes: 1 << 34, ..options(1, "portable") })
-            .unwrap_err();
+    let error = Executable::new(huge, &ExecOptions { max_bytes: 1 << 34, ..options(1, "portable") }).unwrap_err();
     assert!(matches!(error, ExecError::Memory { what: "the states", .. }), "{error}");
 }
 
@@ -316,4 +282,19 @@ fn unsound_plans_and_small_limits_are_refused() {
 fn a_table_is_as_long_as_computed() {
     let e = Executable::new(plan(), &options(1, "interp")).unwrap();
     assert_eq!(e.table.len() as u64, program::table_len(e.plan()));
+}
+
+#[test]
+fn an_executable_moves_between_threads() {
+    fn moves<T: Send + Sync>(_: &T) {}
+    let mut e = Executable::new(plan(), &options(2, "portable")).unwrap();
+    moves(&e);
+    let id = e.entry("update").unwrap();
+    e.set_weight("w", &[N], &ramp(1.0)).unwrap();
+    e.set_input(id, "x", &ramp(1.0)).unwrap();
+    let e = std::thread::spawn(move || {
+        e.run(id).unwrap();
+        e
+    });
+    assert_eq!(e.join().unwrap().weight::<f32>("w").unwrap(), ramp(2.0));
 }

@@ -3,7 +3,7 @@
 //! A split grid is cut into contiguous ranges, one for each worker, the same ones every time.
 
 use super::program::Op;
-use super::{EntryId, ExecError, Executable};
+use super::{EntryId, EntryKey, ExecError, Executable};
 use std::time::{Duration, Instant};
 
 /// What one execution of one step took.
@@ -24,15 +24,15 @@ fn range(grid: i64, worker: usize, workers: usize) -> (i64, i64) {
 }
 
 impl Executable {
-    /// Run the entry point of that name. Allocates nothing unless it fails.
+    /// Run an entry point, by id or name; `prepare` runs before it where needed. Allocates nothing unless it fails.
     ///
     /// # Errors
     /// No such entry point, or weights or inputs that it reads were never set.
-    pub fn run(&mut self, entry: &str) -> Result<(), ExecError> {
-        self.run_entry(self.entry(entry)?)
+    pub fn run(&mut self, entry: impl EntryKey) -> Result<(), ExecError> {
+        self.run_entry(entry.of(self)?)
     }
 
-    /// Run an entry point; `prepare` runs before it where needed. Allocates nothing unless it fails.
+    /// [`Executable::run`] of an id.
     ///
     /// # Errors
     /// Weights or inputs that it reads were never set.
@@ -40,11 +40,12 @@ impl Executable {
         self.run_observed(entry, &mut |_, _, _| {})
     }
 
-    /// [`Executable::run_entry`], with the time of every executed step in order.
+    /// [`Executable::run`], with the time of every executed step in order.
     ///
     /// # Errors
-    /// As [`Executable::run_entry`].
-    pub fn run_traced(&mut self, entry: EntryId) -> Result<Vec<StepTime>, ExecError> {
+    /// As [`Executable::run`].
+    pub fn run_traced(&mut self, entry: impl EntryKey) -> Result<Vec<StepTime>, ExecError> {
+        let entry = entry.of(self)?;
         self.ready(entry)?;
         let mut times = vec![];
         let mut last = Instant::now();
@@ -61,7 +62,7 @@ impl Executable {
     /// Run `prepare` if the plan has it and it is not current.
     ///
     /// # Errors
-    /// As [`Executable::run_entry`].
+    /// As [`Executable::run`].
     pub fn prepare(&mut self) -> Result<(), ExecError> {
         match self.prepare {
             Some(prepare) if self.stale => self.run_entry(prepare),
@@ -88,19 +89,12 @@ impl Executable {
         Ok(())
     }
 
-    fn run_observed(
-        &mut self,
-        entry: EntryId,
-        observe: &mut dyn FnMut(usize, usize, bool),
-    ) -> Result<(), ExecError> {
+    fn run_observed(&mut self, entry: EntryId, observe: &mut dyn FnMut(usize, usize, bool)) -> Result<(), ExecError> {
         self.ready(entry)?;
         self.live = Some(entry);
-        for ((_, buffer), input) in
-            self.plan.entries[entry.0].inputs.iter().zip(&self.inputs[entry.0])
-        {
+        for ((_, buffer), input) in self.plan.entries[entry.0].inputs.iter().zip(&self.inputs[entry.0]) {
             let bytes = self.plan.buffer(*buffer).ty.bytes();
-            let (from, to) =
-                (input.value.address(0, bytes), self.memory.address(&self.plan, *buffer, 0));
+            let (from, to) = (input.value.address(0, bytes), self.memory.address(&self.plan, *buffer, 0));
             // SAFETY: both addresses have `bytes` bytes and belong to different allocations; `self` is borrowed mutably.
             unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
         }
@@ -118,8 +112,7 @@ impl Executable {
     fn weights_changed(&mut self, entry: EntryId) {
         if let Some(prepare) = self.prepare {
             let read = &self.entries[prepare.0].reads;
-            self.stale |=
-                self.entries[entry.0].writes.iter().any(|w| read.binary_search(w).is_ok());
+            self.stale |= self.entries[entry.0].writes.iter().any(|w| read.binary_search(w).is_ok());
         }
     }
 
@@ -149,15 +142,11 @@ impl Executable {
                 }
                 Op::End { again } => {
                     // SAFETY: an `i32[1]` at a multiple of 64 by verification; nobody writes it, see `Copy`.
-                    let again =
-                        unsafe { self.table.at(again, iteration)[0].cast::<i32>().read() } != 0;
+                    let again = unsafe { self.table.at(again, iteration)[0].cast::<i32>().read() } != 0;
                     match open {
                         Some((first, max, counter)) if again && iteration + 1 < max => {
                             iteration += 1;
-                            self.set_counter(
-                                self.table.at(counter, iteration)[0],
-                                iteration as i32,
-                            );
+                            self.set_counter(self.table.at(counter, iteration)[0], iteration as i32);
                             next = first;
                         }
                         _ => {

@@ -10,7 +10,9 @@ use super::shape::Shape;
 use super::stmt::Lower;
 
 /// Accesses do not trap; they may be unaligned.
-pub(super) const MEM: MemFlagsData = MemFlagsData::new().with_notrap().with_endianness(Endianness::Little);
+pub(super) const MEM: MemFlagsData = LITTLE.with_notrap();
+/// Casts between vector types number lanes from the low end.
+pub(super) const LITTLE: MemFlagsData = MemFlagsData::new().with_endianness(Endianness::Little);
 
 impl Lower<'_, '_> {
     fn dtype(&self, buf: Buf) -> DType {
@@ -36,7 +38,7 @@ impl Lower<'_, '_> {
             DType::BF16 => {
                 let x = ins.uload16(types::I32, MEM, at, offset);
                 let x = self.b.ins().ishl_imm_u(x, 16);
-                self.b.ins().bitcast(types::F32, MEM, x)
+                self.b.ins().bitcast(types::F32, LITTLE, x)
             }
         }
     }
@@ -64,12 +66,12 @@ impl Lower<'_, '_> {
                 let at = self.offset(at, offset);
                 let x = self.b.ins().uload16x4(MEM, at, 0);
                 let x = self.b.ins().ishl_imm_u(x, 16);
-                self.b.ins().bitcast(types::F32X4, MEM, x)
+                self.b.ins().bitcast(types::F32X4, LITTLE, x)
             }
             DType::I8 | DType::U8 => {
                 let x = self.b.ins().load(types::F32, MEM, at, offset);
                 let x = self.b.ins().scalar_to_vector(types::F32X4, x);
-                let x = self.b.ins().bitcast(types::I8X16, MEM, x);
+                let x = self.b.ins().bitcast(types::I8X16, LITTLE, x);
                 if dtype == DType::I8 {
                     let x = self.b.ins().swiden_low(x);
                     self.b.ins().swiden_low(x)
@@ -95,13 +97,13 @@ impl Lower<'_, '_> {
             }
             DType::I16 => {
                 let x = self.shuffle(x, x, [0, 1, 4, 5, 8, 9, 12, 13, 0, 1, 4, 5, 8, 9, 12, 13]);
-                let x = self.b.ins().bitcast(types::F64X2, MEM, x);
+                let x = self.b.ins().bitcast(types::F64X2, LITTLE, x);
                 let x = self.b.ins().extractlane(x, 0);
                 self.b.ins().store(MEM, x, at, offset);
             }
             DType::I8 | DType::U8 => {
                 let x = self.shuffle(x, x, [0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12]);
-                let x = self.b.ins().bitcast(types::F32X4, MEM, x);
+                let x = self.b.ins().bitcast(types::F32X4, LITTLE, x);
                 let x = self.b.ins().extractlane(x, 0);
                 self.b.ins().store(MEM, x, at, offset);
             }
@@ -112,7 +114,7 @@ impl Lower<'_, '_> {
     /// Bytes of two vectors of any type.
     pub(super) fn shuffle(&mut self, a: Value, b: Value, bytes: [u8; 16]) -> Value {
         let mask = self.b.func.dfg.immediates.push(ConstantData::from(&bytes[..]));
-        let [a, b] = [a, b].map(|x| self.b.ins().bitcast(types::I8X16, MEM, x));
+        let [a, b] = [a, b].map(|x| self.b.ins().bitcast(types::I8X16, LITTLE, x));
         self.b.ins().shuffle(a, b, mask)
     }
 

@@ -20,7 +20,7 @@ use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::{AbiParam, Function, Signature, UserFuncName, types};
 use cranelift_codegen::isa::{CallConv, TargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
-use cranelift_codegen::{CompiledCode, Context};
+use cranelift_codegen::{CodegenError, CompiledCode, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
 use crate::{Arch, Code, Emitter, Feature, Refusal, Target};
@@ -39,8 +39,9 @@ impl Emitter for Portable {
     fn accepts(&self, kernel: &Kernel, target: &Target) -> Result<(), Refusal> {
         let refuse = |why: &str| Err(Refusal(why.to_owned()));
         let x86 = target.arch() == Arch::X86_64;
-        if x86 && !(target.has(Feature::Sse41) && target.has(Feature::Ssse3) && target.has(Feature::Sse42)) {
-            return refuse("the target lacks SSE4.2, expected at least x86-64-v2");
+        // Without AVX, Cranelift folds unaligned vector loads into comparisons that require alignment.
+        if x86 && !(target.has(Feature::Sse42) && target.has(Feature::Avx)) {
+            return refuse("the target lacks AVX, expected at least x86-64-v3");
         }
         let (mut fma, mut to_bool, mut bf16) = (false, false, false);
         walk::exprs(&kernel.body, &mut |e| {
@@ -112,7 +113,10 @@ fn compile(kernel: &Kernel, target: &Target, text: bool) -> Result<CompiledCode,
     stmt::lower(kernel, target, builder, isa.frontend_config());
     let refused = |e: &dyn std::fmt::Display| Refusal(format!("Cranelift cannot compile the kernel: {e}"));
     if let Err(e) = context.compile(&*isa, &mut ControlPlane::default()) {
-        return Err(refused(&e.inner));
+        return Err(match &e.inner {
+            CodegenError::Verifier(errors) if !errors.0.is_empty() => refused(&errors.0[0]),
+            other => refused(other),
+        });
     }
     context.take_compiled_code().ok_or_else(|| refused(&"no code"))
 }

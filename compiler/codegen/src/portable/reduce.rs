@@ -8,7 +8,7 @@ use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind
 use cranelift_frontend::Variable;
 
 use super::lanes::{least, zero};
-use super::memory::MEM;
+use super::memory::{LITTLE, MEM};
 use super::scalar::machine;
 use super::shape::Fact;
 use super::stmt::{Bound, Lower, Slot};
@@ -230,7 +230,7 @@ impl Lower<'_, '_> {
         for lanes in [2, 1] {
             let bytes = std::array::from_fn(|n| ((n + 4 * lanes) % 16) as u8);
             let y = self.shuffle(x, x, bytes);
-            let y = self.b.ins().bitcast(vector, MEM, y);
+            let y = self.b.ins().bitcast(vector, LITTLE, y);
             x = absorb(self, x, y);
         }
         self.extract(s.ty, x, 0)

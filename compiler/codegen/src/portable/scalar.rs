@@ -149,8 +149,8 @@ impl Lower<'_, '_> {
             (Un::Floor, _) => ins.floor(a),
             (Un::Nearest, _) => ins.nearest(a),
             (Un::Popcnt, _) => ins.popcnt(a),
-            (Un::ToBits, _) => ins.bitcast(types::I32, super::memory::MEM, a),
-            (Un::FromBits, _) => ins.bitcast(types::F32, super::memory::MEM, a),
+            (Un::ToBits, _) => ins.bitcast(types::I32, super::memory::LITTLE, a),
+            (Un::FromBits, _) => ins.bitcast(types::F32, super::memory::LITTLE, a),
             (Un::Not, _) => ins.bxor_imm_u(a, 1),
         }
     }

@@ -7,7 +7,7 @@ use chimera_ir::loops::{Bin, Cmp, Expr, Ty, Un};
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Type, Value, types};
 
-use super::memory::MEM;
+use super::memory::{LITTLE, MEM};
 use super::scalar::{float_cc, int_cc};
 use super::shape::Shape;
 use super::stmt::{Lower, Slot};
@@ -93,7 +93,7 @@ impl Lower<'_, '_> {
         let (at, offset) = self.address(buf, index, 4, 0);
         let x = self.b.ins().load(types::F32, MEM, at, offset);
         let x = self.b.ins().splat(types::F32X4, x);
-        self.b.ins().bitcast(types::I32X4, MEM, x)
+        self.b.ins().bitcast(types::I32X4, LITTLE, x)
     }
 
     /// A scalar in every lane of one vector.
@@ -146,8 +146,8 @@ impl Lower<'_, '_> {
 
     fn unary4(&mut self, op: Un, ty: Ty, x: Value) -> Value {
         match op {
-            Un::ToBits => self.b.ins().bitcast(types::I32X4, MEM, x),
-            Un::FromBits => self.b.ins().bitcast(types::F32X4, MEM, x),
+            Un::ToBits => self.b.ins().bitcast(types::I32X4, LITTLE, x),
+            Un::FromBits => self.b.ins().bitcast(types::F32X4, LITTLE, x),
             Un::Not => self.b.ins().bnot(x),
             Un::Popcnt => self.popcnt4(x),
             _ => self.unary(op, ty, x),
@@ -156,9 +156,9 @@ impl Lower<'_, '_> {
 
     /// Bit counts by bytes, then their sum in every lane.
     fn popcnt4(&mut self, x: Value) -> Value {
-        let x = self.b.ins().bitcast(types::I8X16, MEM, x);
+        let x = self.b.ins().bitcast(types::I8X16, LITTLE, x);
         let x = self.b.ins().popcnt(x);
-        let x = self.b.ins().bitcast(types::I32X4, MEM, x);
+        let x = self.b.ins().bitcast(types::I32X4, LITTLE, x);
         let y = self.b.ins().ushr_imm_u(x, 8);
         let x = self.b.ins().iadd(x, y);
         let y = self.b.ins().ushr_imm_u(x, 16);
@@ -172,12 +172,12 @@ impl Lower<'_, '_> {
         match (op, ty) {
             (Bin::Min, Ty::F32) => {
                 let c = self.b.ins().fcmp(FloatCC::LessThan, x, y);
-                let c = self.b.ins().bitcast(types::F32X4, MEM, c);
+                let c = self.b.ins().bitcast(types::F32X4, LITTLE, c);
                 self.b.ins().bitselect(c, x, y)
             }
             (Bin::Max, Ty::F32) => {
                 let c = self.b.ins().fcmp(FloatCC::LessThan, y, x);
-                let c = self.b.ins().bitcast(types::F32X4, MEM, c);
+                let c = self.b.ins().bitcast(types::F32X4, LITTLE, c);
                 self.b.ins().bitselect(c, x, y)
             }
             (Bin::MulHi, _) => {
@@ -189,7 +189,7 @@ impl Lower<'_, '_> {
                     self.b.ins().imul(x, y)
                 });
                 let x = self.shuffle(low, high, [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]);
-                self.b.ins().bitcast(types::I32X4, MEM, x)
+                self.b.ins().bitcast(types::I32X4, LITTLE, x)
             }
             _ => self.binary(op, ty, x, y),
         }
@@ -197,8 +197,8 @@ impl Lower<'_, '_> {
 
     /// `acc` plus the dot products of four unsigned and four signed bytes.
     fn dot4x4(&mut self, acc: Value, codes: Value, bytes: Value) -> Value {
-        let codes = self.b.ins().bitcast(types::I8X16, MEM, codes);
-        let bytes = self.b.ins().bitcast(types::I8X16, MEM, bytes);
+        let codes = self.b.ins().bitcast(types::I8X16, LITTLE, codes);
+        let bytes = self.b.ins().bitcast(types::I8X16, LITTLE, bytes);
         if !self.target.fused_dot() {
             // Codes are at most 3, so the sum of two products does not saturate.
             let pairs = self.b.ins().x86_pmaddubsw(bytes, codes);
@@ -248,7 +248,7 @@ impl Lower<'_, '_> {
                     .chunks_exact(2)
                     .map(|h| {
                         let x = self.shuffle(h[0], h[1], even);
-                        let x = self.b.ins().bitcast(types::I32X4, MEM, x);
+                        let x = self.b.ins().bitcast(types::I32X4, LITTLE, x);
                         // A comparison again, so that selections know the lanes to be all ones or zero.
                         let zero = self.b.ins().iconst(types::I32, 0);
                         let zero = self.b.ins().splat(types::I32X4, zero);
@@ -289,9 +289,9 @@ impl Lower<'_, '_> {
         if ty != Ty::F32 {
             return self.b.ins().bitselect(c, x, y);
         }
-        let [x, y] = [x, y].map(|x| self.b.ins().bitcast(types::I32X4, MEM, x));
+        let [x, y] = [x, y].map(|x| self.b.ins().bitcast(types::I32X4, LITTLE, x));
         let z = self.b.ins().bitselect(c, x, y);
-        self.b.ins().bitcast(types::F32X4, MEM, z)
+        self.b.ins().bitcast(types::F32X4, LITTLE, z)
     }
 
     fn cast4(&mut self, to: Ty, a: &Expr, e: &Expr) -> Vec<Value> {
@@ -327,7 +327,7 @@ impl Lower<'_, '_> {
                 let one = self.b.ins().iconst(types::I32, one);
                 let one = self.b.ins().splat(types::I32X4, one);
                 let x = self.b.ins().band(x, one);
-                if to == Ty::F32 { self.b.ins().bitcast(types::F32X4, MEM, x) } else { x }
+                if to == Ty::F32 { self.b.ins().bitcast(types::F32X4, LITTLE, x) } else { x }
             }
             _ => x,
         }

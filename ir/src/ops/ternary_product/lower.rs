@@ -6,9 +6,12 @@
 use super::{Shape, TernaryProduct};
 use crate::{
     DType,
-    loops::{Acc, Buf, Expr, Ty, f32c, i32c, int},
+    loops::{Buf, Expr, Ty, f32c, i32c, int},
     lower::Lower,
-    ops::pack_ternary::BLOCK_ROWS,
+    ops::{
+        pack_ternary::BLOCK_ROWS,
+        row_tiles::{Instances, TILE, row_tiles},
+    },
 };
 
 /// Rows of an instance that unpacks into a panel.
@@ -29,32 +32,25 @@ struct Tiling {
     rows: usize,
     /// Rows of a register tile.
     tile: usize,
-    /// Instances along the rows of a group.
-    row_tiles: usize,
     /// Weight blocks of an instance.
     blocks: usize,
-    /// Instances along the weight blocks.
-    block_tiles: usize,
 }
 
 impl Tiling {
     fn of(op: &TernaryProduct, s: &Shape) -> Tiling {
-        // Rows that one instance may see, and the rows a group of weights has on average.
-        let (extent, usual) = if op.grouped_rows { (s.rows, s.rows / s.groups) } else { (s.rows / s.groups, s.rows / s.groups) };
+        // Rows that a group of weights has, on average where they are counted at run time.
+        let usual = s.rows / s.groups;
+        let (extent, leads) = if op.grouped_rows { (s.rows, 1) } else { (usual, s.groups) };
         let panel = usual >= PANEL_FROM;
-        let tile = match (panel, usual) {
-            (true, _) => 3,
-            (false, 0 | 1) => 1,
-            (false, _) => 2,
+        let (most, tile) = match (panel, usual) {
+            (true, _) => (PANEL_ROWS, TILE),
+            (false, 0 | 1) => (PANEL_FROM, 1),
+            (false, _) => (PANEL_FROM, 2),
         };
-        let row_tiles = if panel { extent.div_ceil(PANEL_ROWS) } else { extent.div_ceil(PANEL_FROM) };
-        let rows = extent.div_ceil(row_tiles).next_multiple_of(tile);
-        let row_tiles = extent.div_ceil(rows);
+        let rows = extent.div_ceil(extent.div_ceil(most)).next_multiple_of(tile);
         let all = op.m.div_ceil(BLOCK_ROWS);
-        let leads = if op.grouped_rows { 1 } else { s.groups };
-        let fits = |n: &usize| leads * row_tiles * all.div_ceil(*n) >= INSTANCES;
-        let blocks = (1..=BLOCKS.min(all)).rev().find(fits).unwrap_or(1);
-        Tiling { panel, rows, tile, row_tiles, blocks, block_tiles: all.div_ceil(blocks) }
+        let fits = |n: &usize| leads * extent.div_ceil(rows) * all.div_ceil(*n) >= INSTANCES;
+        Tiling { panel, rows, tile, blocks: (1..=BLOCKS.min(all)).rev().find(fits).unwrap_or(1) }
     }
 }
 
@@ -95,7 +91,7 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
     ];
     cx.b.contract("ternary_product", &params.map(|(name, x)| (name, x as i64)));
     let n = op.n_weights;
-    let panel = if t.panel { n * s.np * BLOCK_ROWS } else { 4 };
+    let panel = if t.panel { n * s.np / 4 * BLOCK_ROWS } else { 1 };
     let parts = Parts {
         op,
         s,
@@ -106,35 +102,33 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
         alphas: (0..n).map(|w| types[TernaryProduct::packed(w) + 1].rows() / op.m).collect(),
         sums: cx.b.scratch("sums", DType::I32, t.rows * s.pieces()),
         alpha: cx.b.scratch("alpha", DType::F32, n * s.nb * BLOCK_ROWS),
-        panel: cx.b.scratch("panel", DType::U8, panel),
+        panel: cx.b.scratch("panel", DType::I32, panel),
         tile: cx.b.scratch("tile", DType::F32, n * t.tile * BLOCK_ROWS),
     };
-    if op.grouped_rows {
-        let offsets = cx.buf(types.len() - 1);
-        let at = cx.b.grid(t.row_tiles * t.block_tiles);
-        let first = cx.b.bind(&at / t.block_tiles * t.rows);
-        let end = cx.b.bind((&first + t.rows).min(int(s.rows)));
-        parts.row_sums(cx, &first, &end);
-        let blocks = cx.b.bind(at % t.block_tiles * t.blocks);
-        cx.each(0, s.groups, |cx, g| {
-            let bound = |at: Expr| Expr::load(offsets, at).cast(Ty::I64);
-            let lo = cx.b.bind(bound(g.clone()).max(first.clone()));
-            let hi = cx.b.bind(bound(&g + 1).min(end.clone()));
-            cx.when(lo.clone().lt(hi.clone()), |cx| parts.blocks(cx, &g, &first, &lo, &hi, None, &blocks));
+    let offsets = types.last().filter(|_| op.grouped_rows);
+    let instances = Instances {
+        rows: s.rows,
+        groups: s.groups,
+        offsets: offsets.map(|ty| (cx.buf(types.len() - 1), (ty.numel() - 1) / s.groups)),
+        height: t.rows,
+        blocks: op.m.div_ceil(BLOCK_ROWS),
+        chunk: t.blocks,
+    };
+    instances.emit(cx, &|cx, lo, hi| parts.row_sums(cx, lo, hi), &|cx, part| {
+        let [lo, hi] = part.blocks;
+        cx.each(lo, hi, |cx, ob| {
+            parts.stage(cx, part.group, &ob);
+            row_tiles(cx, part.rows, part.known, t.tile, &|cx, row, rows| {
+                parts.tile(cx, part.group, &ob, part.first, row, rows);
+            });
         });
-    } else {
-        let per = s.rows / s.groups;
-        let at = cx.b.grid(s.groups * t.row_tiles * t.block_tiles);
-        let tile = cx.b.bind(&at / t.block_tiles);
-        let g = cx.b.bind(&tile / t.row_tiles);
-        let inner = cx.b.bind(tile % t.row_tiles * t.rows);
-        let lo = cx.b.bind(&g * per + &inner);
-        let hi = cx.b.bind(&g * per + (inner + t.rows).min(int(per)));
-        parts.row_sums(cx, &lo, &hi);
-        let blocks = cx.b.bind(at % t.block_tiles * t.blocks);
-        let known = (t.row_tiles == 1).then_some(per);
-        parts.blocks(cx, &g, &lo, &lo, &hi, known, &blocks);
-    }
+    });
+}
+
+/// The codes of four columns of one row of group `q` of a packed word.
+fn unpack(word: &Expr, q: usize) -> Expr {
+    let word = if q == 0 { word.clone() } else { word.clone().shr(2 * q as i32) };
+    word & i32c(0x0303_0303)
 }
 
 impl Parts<'_> {
@@ -156,46 +150,11 @@ impl Parts<'_> {
         });
     }
 
-    /// The weight blocks of the instance for rows `lo .. hi` (`known` of them) that use group `g`; sums start at row `first`.
-    #[allow(clippy::too_many_arguments, reason = "one loop nest with its bounds")]
-    fn blocks(
-        &self,
-        cx: &mut Lower<'_>,
-        g: &Expr,
-        first: &Expr,
-        lo: &Expr,
-        hi: &Expr,
-        known: Option<usize>,
-        blocks: &Expr,
-    ) {
-        let all = self.op.m.div_ceil(BLOCK_ROWS);
-        let end = (blocks + self.t.blocks).min(int(all));
-        cx.each(blocks, end, |cx, ob| {
-            self.stage(cx, g, &ob);
-            let tile = self.t.tile;
-            let run = |cx: &mut Lower<'_>, row: &Expr, rows: usize| self.tile(cx, g, &ob, first, row, rows);
-            let full = match known {
-                Some(n) => cx.b.bind(lo + n / tile * tile),
-                None => {
-                    let count = hi - lo;
-                    cx.b.bind(lo + count / tile * tile)
-                }
-            };
-            cx.each_step(lo, full.clone(), tile, |cx, row| run(cx, &row, tile));
-            match known {
-                Some(n) if n % tile == 0 => {}
-                Some(n) => run(cx, &full, n % tile),
-                None if tile == 1 => {}
-                None => cx.each(full, hi, |cx, row| run(cx, &row, 1)),
-            }
-        });
-    }
-
     /// Bring the scales of block `ob` into lane order and unpack its codes if there is a panel.
     fn stage(&self, cx: &mut Lower<'_>, g: &Expr, ob: &Expr) {
         let (s, m) = (self.s, self.op.m);
         for (w, (&(packed, alpha), &alphas)) in self.weights.iter().zip(&self.alphas).enumerate() {
-            let lead = if alphas == 1 { int(0) } else { g * m };
+            let lead = g / (self.s.groups / alphas) * m;
             let row = cx.b.bind(ob * BLOCK_ROWS);
             let base = cx.b.bind((lead + &row) * s.nb);
             let count = cx.b.bind((int(m) - row).min(int(BLOCK_ROWS)));
@@ -208,16 +167,14 @@ impl Parts<'_> {
                 cx.lanes(count.clone(), BLOCK_ROWS, 1, |cx, o| cx.b.store(self.alpha, &to + o, f32c(0.0)));
             });
             if self.t.panel {
-                let from = cx.b.bind(self.packed_base(g, ob) * 4);
-                let to = w * s.np / 4 * 128;
-                cx.each(0, s.np / 4, |cx, kb| {
-                    let from = cx.b.bind(&from + &kb * 32);
-                    let to = cx.b.bind(kb * 128 + to);
-                    cx.lanes(0, 32, 2, |cx, byte| {
-                        let x = cx.b.bind(Expr::load(packed, &from + &byte));
+                let from = cx.b.bind(self.packed_base(g, ob));
+                let to = w * s.np / 4 * BLOCK_ROWS;
+                cx.each(0, s.np / 4, |cx, k| {
+                    let (from, to) = (cx.b.bind(&from + &k * 8), cx.b.bind(k * BLOCK_ROWS + to));
+                    cx.lanes(0, 8, 2, |cx, r8| {
+                        let word = cx.b.bind(Expr::word(packed, &from + &r8));
                         for q in 0..4 {
-                            let code = x.clone().shr(2 * q as i32) & i32c(3);
-                            cx.b.store(self.panel, &to + &byte + q * 32, code);
+                            cx.b.store(self.panel, &to + &r8 + q * 8, unpack(&word, q));
                         }
                     });
                 });
@@ -238,9 +195,9 @@ impl Parts<'_> {
         let sums = at(cx, (row - first) * self.s.pieces());
         for w in 0..self.op.n_weights {
             if self.t.panel {
-                let base = w * self.s.np / 4 * 32;
+                let base = w * self.s.np / 4 * BLOCK_ROWS;
                 let codes = |cx: &mut Lower<'_>, k: &Expr, lane: &Expr| {
-                    vec![cx.b.bind(Expr::word(self.panel, k * 32 + lane + base))]
+                    vec![cx.b.bind(Expr::load(self.panel, k * BLOCK_ROWS + lane + base))]
                 };
                 cx.lanes(0, BLOCK_ROWS, 4, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, &[0], &codes));
                 continue;
@@ -251,8 +208,7 @@ impl Parts<'_> {
             for set in sets {
                 let codes = |cx: &mut Lower<'_>, k: &Expr, lane: &Expr| {
                     let word = cx.b.bind(Expr::word(self.weights[w].0, k * 8 + lane + &base));
-                    let code = |q: &usize| word.clone().shr(2 * *q as i32) & i32c(0x0303_0303);
-                    set.iter().map(|q| cx.b.bind(if *q == 0 { word.clone() & i32c(0x0303_0303) } else { code(q) })).collect()
+                    set.iter().map(|&q| cx.b.bind(unpack(&word, q))).collect()
                 };
                 let offsets: Vec<usize> = set.iter().map(|q| q * 8).collect();
                 cx.lanes(0, 8, 2, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, &offsets, &codes));

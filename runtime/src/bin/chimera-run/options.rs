@@ -8,10 +8,12 @@ use chimera_ir::plan::PlanError;
 use chimera_runtime::affinity::available_threads;
 use chimera_runtime::exec::{ExecError, ExecOptions};
 use chimera_runtime::files::FileError;
+use chimera_runtime::generate::GenerateError;
 use chimera_runtime::text::{TextError, VocabSpec};
+use chimera_runtime::train::TrainError;
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a command ends, and its exit code.
 #[derive(Debug)]
@@ -72,6 +74,16 @@ impl From<ExecError> for Failure {
     }
 }
 
+impl From<GenerateError> for Failure {
+    fn from(e: GenerateError) -> Failure {
+        match e {
+            GenerateError::Exec(e) => e.into(),
+            GenerateError::Sample(_) => Failure::usage(e.to_string()),
+            e => Failure::new(e.to_string()),
+        }
+    }
+}
+
 impl From<PlanError> for Failure {
     fn from(e: PlanError) -> Failure {
         Failure::corrupted(e.to_string())
@@ -87,6 +99,16 @@ impl From<TextError> for Failure {
             _ => 1,
         };
         Failure { code, message: e.to_string() }
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(e: TrainError) -> Failure {
+        match e {
+            TrainError::Text(e) => e.into(),
+            TrainError::Io { path: None, source } => source.into(),
+            e => Failure { code: e.exit_code(), message: e.to_string() },
+        }
     }
 }
 
@@ -108,8 +130,11 @@ fn is_full(e: &io::Error) -> bool {
 #[derive(clap::Args, Clone, Debug)]
 pub struct ModelOptions {
     /// Configuration (JSON), compiled plan, folder of a training run, or weights (.b158)
-    #[arg(value_name = "MODEL", env = "CHIMERA_MODEL", required_unless_present = "scale")]
+    #[arg(value_name = "MODEL", env = "CHIMERA_MODEL")]
     pub model: Option<PathBuf>,
+    /// The same as an option
+    #[arg(short = 'm', long = "model", value_name = "MODEL", conflicts_with = "model")]
+    pub model_option: Option<PathBuf>,
     /// Named scale laid over the configuration; alone, it stands for the defaults at that scale
     #[arg(long, env = "CHIMERA_SCALE", value_name = "test|pico|nano|tiny|small|medium|full")]
     pub scale: Option<Scale>,
@@ -122,6 +147,11 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
+    /// The model that was named, by place or by option.
+    pub fn path(&self) -> Option<&Path> {
+        self.model_option.as_deref().or(self.model.as_deref())
+    }
+
     /// The overrides for a vocabulary of `vocab_size` ids; nothing keeps the configuration's own number.
     pub fn overrides(&self, vocab_size: Option<usize>) -> Overrides {
         Overrides { scale: self.scale, sets: self.sets.clone(), vocab_size }

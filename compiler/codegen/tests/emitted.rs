@@ -1,0 +1,167 @@
+//! Properties of the emitted code and of the choice of emitters.
+
+mod support;
+
+use chimera_codegen::{Allowed, CodegenError, Target, assemble, compile, disassemble, host};
+use chimera_ir::DType;
+use chimera_ir::loops::tile::Product;
+use chimera_ir::loops::{Builder, Expr, Kernel, Role, f32c, i32c};
+
+fn product(m: usize, k: usize, n: usize) -> Kernel {
+    let mut b = Builder::new("product");
+    let x = b.buf("x", DType::F32, m * k, Role::In);
+    let y = b.buf("y", DType::F32, k * n, Role::In);
+    let z = b.buf("z", DType::F32, m * n, Role::Out);
+    Product {
+        m: m.into(),
+        n: n.into(),
+        k: k.into(),
+        a: &|_, i, l| Expr::load(x, i * k + l),
+        b: &|_, l, j| Expr::load(y, l * n + j),
+        init: None,
+    }
+    .emit(&mut b, &|b, i, j, v| b.store(z, i * n + j, v));
+    b.finish()
+}
+
+fn dots() -> Kernel {
+    let mut b = Builder::new("dots");
+    let codes = b.buf("codes", DType::U8, 4 * 8 * 20, Role::In);
+    let x = b.buf("x", DType::I8, 4 * 20, Role::In);
+    let z = b.buf("z", DType::I32, 8, Role::Out);
+    b.lanes(0, 8, 2, |b, j| {
+        let acc = b.local(i32c(0));
+        b.each(0, 20, |b, k| {
+            let q = Expr::word(codes, &k * 8 + &j);
+            b.set(acc, Expr::from(acc).dot4(q, Expr::word(x, &k)));
+        });
+        b.store(z, j, acc);
+    });
+    b.finish()
+}
+
+fn target(name: &str) -> Target {
+    name.parse().unwrap()
+}
+
+/// The instructions of the innermost loop: from the target of the first backward jump to that jump.
+fn innermost(text: &str) -> Vec<&str> {
+    let offset = |l: &str| u64::from_str_radix(l.split_whitespace().next()?, 16).ok();
+    let lines: Vec<&str> = text.lines().filter(|l| !l.starts_with(';')).collect();
+    for (n, line) in lines.iter().enumerate() {
+        let mut words = line.split_whitespace().skip(1);
+        let Some(to) = words.next().filter(|w| w.starts_with('j')).and(words.last()) else { continue };
+        let to = u64::from_str_radix(to.trim_end_matches('h'), 16).ok();
+        if let Some(first) = lines[..=n].iter().position(|l| to.is_some() && offset(l) == to) {
+            return lines[first..=n].to_vec();
+        }
+    }
+    panic!("no loop in\n{text}")
+}
+
+fn count(lines: &[&str], mnemonic: &str) -> usize {
+    lines.iter().filter(|l| l.contains(mnemonic)).count()
+}
+
+#[test]
+fn code_is_a_function_of_kernel_and_target() {
+    for name in ["x86-64-v3", "x86-64-v4", "aarch64"] {
+        let kernels = [product(7, 5, 20), dots()];
+        let first = kernels.each_ref().map(|k| assemble(k, &target(name)).unwrap());
+        let again = kernels.each_ref().map(|k| assemble(&k.clone(), &target(name)).unwrap());
+        assert!(first.iter().all(|code| !code.is_empty()));
+        assert_eq!(first, again);
+    }
+}
+
+#[test]
+fn the_inner_loop_of_a_tile_stays_in_registers() {
+    let text = disassemble(&product(8, 64, 64), &target("x86-64-v3")).unwrap();
+    let inner = innermost(&text);
+    assert_eq!(count(&inner, "vfmadd"), 8, "{}", inner.join("\n"));
+    assert_eq!(count(&inner, "rsp"), 0, "{}", inner.join("\n"));
+    assert!(inner.len() <= 24, "{}", inner.join("\n"));
+    assert!(!text.contains(" call "), "{text}");
+}
+
+#[test]
+fn byte_dots_use_what_the_target_has() {
+    let inner = |name| disassemble(&dots(), &target(name)).unwrap();
+    let plain = inner("x86-64-v3");
+    assert!(plain.contains("vpmaddubsw") && plain.contains("vpmaddwd"), "{plain}");
+    for name in ["x86-64-v3+avxvnni", "x86-64-v4+avx512vnni"] {
+        let fused = inner(name);
+        assert!(fused.contains("vpdpbusd") && !fused.contains("vpmaddubsw"), "{fused}");
+    }
+    let arm = inner("aarch64+dotprod+i8mm");
+    assert!(arm.contains("usdot"), "{arm}");
+}
+
+#[test]
+fn a_target_without_fused_multiply_add_is_refused_with_the_reason() {
+    let mut avx = Target::baseline(chimera_codegen::Arch::X86_64);
+    for f in target("x86-64-v3").features().filter(|f| f.name() != "fma") {
+        avx = avx.with(f);
+    }
+    if !avx.runs_on(&host()) {
+        return;
+    }
+    let module = compile(&[product(4, 4, 8), dots()], &avx, &Allowed::all()).unwrap();
+    let [first, second] = &module.kernels[..] else { panic!("two kernels") };
+    assert_eq!((first.emitter, first.code_bytes), ("interp", 0));
+    assert!(first.refusals[0].1.0.contains("fused multiply-add"));
+    assert_eq!(second.emitter, "portable");
+    let error = compile(&[product(4, 4, 8)], &avx, &Allowed::parse("portable").unwrap()).unwrap_err();
+    assert!(error.to_string().contains("fused multiply-add"), "{error}");
+}
+
+#[test]
+fn emitters_are_chosen_by_name() {
+    let kernels = [product(4, 4, 8)];
+    for name in ["interp", "portable"] {
+        let module = compile(&kernels, &host(), &Allowed::parse(name).unwrap()).unwrap();
+        assert_eq!(module.kernels[0].emitter, name);
+    }
+    let both = compile(&kernels, &host(), &Allowed::parse("interp, portable").unwrap()).unwrap();
+    assert_eq!(both.kernels[0].emitter, "portable");
+    let error = Allowed::parse("portabel").unwrap_err();
+    assert!(matches!(&error, CodegenError::UnknownEmitter { .. }) && error.to_string().contains("portable"));
+}
+
+#[test]
+fn foreign_targets_are_assembled_but_not_run() {
+    let foreign = if host().arch().name() == "aarch64" { "x86-64-v3" } else { "aarch64" };
+    let error = compile(&[dots()], &target(foreign), &Allowed::all()).unwrap_err();
+    assert!(error.to_string().contains(foreign), "{error}");
+    assert!(!disassemble(&dots(), &target(foreign)).unwrap().is_empty());
+}
+
+#[test]
+fn an_ill_formed_kernel_is_an_error() {
+    let mut b = Builder::new("ill");
+    let x = b.buf("x", DType::F32, 4, Role::In);
+    b.store(x, 0, f32c(1.0));
+    let error = compile(&[b.finish()], &host(), &Allowed::all()).unwrap_err();
+    assert!(matches!(error, CodegenError::Kernel(_)), "{error}");
+}
+
+#[test]
+fn entries_outlive_their_module_and_run_on_many_threads() {
+    let kernels: Vec<Kernel> = (1..6).map(|n| product(n, 3, 9)).collect();
+    let entries: Vec<_> = {
+        let module = compile(&kernels, &host(), &Allowed::all()).unwrap();
+        (0..kernels.len()).map(|n| module.entry(n).clone()).collect()
+    };
+    std::thread::scope(|scope| {
+        for (entry, kernel) in entries.iter().zip(&kernels) {
+            scope.spawn(move || {
+                let contents = support::contents(kernel, 1);
+                let mut args = contents.clone();
+                let table: Vec<*mut u8> = args.iter_mut().map(|a| a.as_mut_ptr()).collect();
+                // SAFETY: one buffer of the declared length for every argument, no scratch memory, the whole grid.
+                unsafe { entry.call(table.as_ptr(), std::ptr::null_mut(), 0, 1) };
+                assert_eq!(args, support::run(kernel, &host(), "interp", &contents));
+            });
+        }
+    });
+}

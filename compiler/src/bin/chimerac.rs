@@ -1,2 +1,0 @@
-//! The compiler command.
-fn main() {}

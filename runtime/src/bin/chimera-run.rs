@@ -1,2 +1,0 @@
-//! The runtime command.
-fn main() {}

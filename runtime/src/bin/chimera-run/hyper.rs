@@ -1,0 +1,317 @@
+//! The options of a training run that decide its bits, on the command line and in checkpoints.
+//!
+//! Invariant: a resumed run has the options of the checkpoint; an option that says otherwise is refused, never ignored.
+
+use crate::options::Failure;
+use chimera_compiler::{Scheme, UpdateRule};
+use chimera_ir::ops::Distribution;
+use chimera_runtime::train::Decay;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// How directions become a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EstimatorName {
+    /// Every sequence has its own low-rank direction
+    PerseqLowrank,
+    /// All sequences share each direction
+    Mezo,
+}
+
+/// How shared directions reach ternary weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Latents are perturbed and quantised again
+    Requantise,
+    /// Noise is added to the product
+    Additive,
+}
+
+/// Entries of shared directions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Entries {
+    /// Signs
+    Rademacher,
+    /// Normal values
+    Gaussian,
+}
+
+/// Options on the command line; absent ones take the default, or what the checkpoint says.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct HyperArgs {
+    /// Tokens of a row [default: 64]
+    #[arg(long, env = "CHIMERA_SEQ_LEN", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub seq_len: Option<u32>,
+    /// Rows of a batch [default: 16]
+    #[arg(long, env = "CHIMERA_BATCH", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub batch: Option<u32>,
+    /// Greatest learning rate [default: 0.01 perseq-lowrank, 1e-4 mezo]
+    #[arg(long, env = "CHIMERA_LR", value_parser = positive)]
+    pub lr: Option<f64>,
+    /// Learning rate behind the warm-up: constant or cosine [default: cosine]
+    #[arg(long, env = "CHIMERA_LR_DECAY")]
+    pub lr_decay: Option<Decay>,
+    /// Last learning rate of the decay as a share of the greatest [default: 0.1]
+    #[arg(long, env = "CHIMERA_LR_FLOOR", value_parser = share)]
+    pub lr_floor: Option<f64>,
+    /// Steps of linear warm-up [default: 0]
+    #[arg(long, env = "CHIMERA_WARMUP")]
+    pub warmup: Option<u64>,
+    /// Estimator of the descent direction [default: perseq-lowrank]
+    #[arg(long, env = "CHIMERA_ESTIMATOR")]
+    pub estimator: Option<EstimatorName>,
+    /// Rank of the probes (perseq-lowrank) [default: 1]
+    #[arg(long, env = "CHIMERA_RANK", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub rank: Option<u32>,
+    /// Probe size on matrices relative to their mean magnitude (perseq-lowrank) [default: 0.1]
+    #[arg(long, env = "CHIMERA_KAPPA", value_parser = positive)]
+    pub kappa: Option<f64>,
+    /// Probe size on vectors (perseq-lowrank) [default: 0.01]
+    #[arg(long, env = "CHIMERA_SIGMA", value_parser = positive)]
+    pub sigma: Option<f64>,
+    /// Decay of the running mean of estimates (perseq-lowrank) [default: 0.9]
+    #[arg(long, env = "CHIMERA_MOMENTUM", value_parser = share)]
+    pub momentum: Option<f64>,
+    /// Step scale of vectors (perseq-lowrank) [default: 0.02]
+    #[arg(long, env = "CHIMERA_VEC_SCALE", value_parser = positive)]
+    pub vec_scale: Option<f64>,
+    /// How probes reach ternary weights (mezo) [default: requantise]
+    #[arg(long, env = "CHIMERA_MODE")]
+    pub mode: Option<Mode>,
+    /// Directions of a step (mezo) [default: 1]
+    #[arg(long, env = "CHIMERA_DIRECTIONS", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub directions: Option<u32>,
+    /// Entries of directions (mezo) [default: rademacher]
+    #[arg(long, env = "CHIMERA_DISTRIBUTION")]
+    pub distribution: Option<Entries>,
+    /// Probe size (mezo) [default: 1e-3]
+    #[arg(long, env = "CHIMERA_EPS", value_parser = positive)]
+    pub eps: Option<f64>,
+    /// Probe size on ternary matrices relative to their mean magnitude, instead of --eps (mezo)
+    #[arg(long, env = "CHIMERA_EPS_REL", value_parser = positive)]
+    pub eps_rel: Option<f64>,
+    /// Weight decay of ternary matrices (mezo) [default: 0]
+    #[arg(long, env = "CHIMERA_WEIGHT_DECAY", value_parser = share)]
+    pub weight_decay: Option<f64>,
+    /// Seed of weights, directions and the order of the data [default: 0]
+    #[arg(short, long, env = "CHIMERA_SEED")]
+    pub seed: Option<u64>,
+    /// Share of every file that is held out [default: 0.05]
+    #[arg(long, env = "CHIMERA_VAL_FRACTION", value_parser = share)]
+    pub val_fraction: Option<f64>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
+        _ => Err("expected a number above 0".into()),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if (0.0..1.0).contains(&x) => Ok(x),
+        _ => Err("expected a number from 0 to below 1".into()),
+    }
+}
+
+/// Everything that decides the bits of a run, budgets, configuration and data contents apart.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hyper {
+    pub seq_len: u32,
+    pub batch: u32,
+    pub lr: f64,
+    pub lr_decay: String,
+    pub lr_floor: f64,
+    pub warmup: u64,
+    pub estimator: EstimatorName,
+    pub rank: u32,
+    pub kappa: f64,
+    pub sigma: f64,
+    pub momentum: f64,
+    pub vec_scale: f64,
+    pub mode: Mode,
+    pub directions: u32,
+    pub distribution: Entries,
+    pub eps: f64,
+    pub eps_rel: Option<f64>,
+    pub weight_decay: f64,
+    pub seed: u64,
+    pub val_fraction: f64,
+    /// Steps in all, if that is what ends the run.
+    pub steps: Option<u64>,
+    /// Seconds in all, if that is what ends the run.
+    pub seconds: Option<f64>,
+    /// Data files.
+    pub data: Vec<PathBuf>,
+    /// The plan that the run was started with, if it was not compiled for the run.
+    pub plan: Option<PathBuf>,
+}
+
+impl HyperArgs {
+    /// Defaults, and over them what was given.
+    pub fn fresh(&self) -> Hyper {
+        let estimator = self.estimator.unwrap_or(EstimatorName::PerseqLowrank);
+        Hyper {
+            seq_len: self.seq_len.unwrap_or(64),
+            batch: self.batch.unwrap_or(16),
+            lr: self.lr.unwrap_or(match estimator {
+                EstimatorName::PerseqLowrank => 0.01,
+                EstimatorName::Mezo => 1e-4,
+            }),
+            lr_decay: self.lr_decay.unwrap_or(Decay::Cosine).name().into(),
+            lr_floor: self.lr_floor.unwrap_or(0.1),
+            warmup: self.warmup.unwrap_or(0),
+            estimator,
+            rank: self.rank.unwrap_or(1),
+            kappa: self.kappa.unwrap_or(0.1),
+            sigma: self.sigma.unwrap_or(0.01),
+            momentum: self.momentum.unwrap_or(0.9),
+            vec_scale: self.vec_scale.unwrap_or(0.02),
+            mode: self.mode.unwrap_or(Mode::Requantise),
+            directions: self.directions.unwrap_or(1),
+            distribution: self.distribution.unwrap_or(Entries::Rademacher),
+            eps: self.eps.unwrap_or(1e-3),
+            eps_rel: self.eps_rel,
+            weight_decay: self.weight_decay.unwrap_or(0.0),
+            seed: self.seed.unwrap_or(0),
+            val_fraction: self.val_fraction.unwrap_or(0.05),
+            steps: None,
+            seconds: None,
+            data: vec![],
+            plan: None,
+        }
+    }
+
+    /// What was given, by flag, as it would stand in [`Hyper`].
+    fn given(&self) -> Vec<(&'static str, serde_json::Value)> {
+        let mut out = vec![];
+        macro_rules! put {
+            ($($field:ident),*) => {
+                $(if let Some(x) = self.$field {
+                    out.push((stringify!($field), serde_json::json!(x)));
+                })*
+            };
+        }
+        put!(seq_len, batch, lr, lr_floor, warmup, estimator, rank, kappa, sigma, momentum, vec_scale, mode);
+        put!(directions, distribution, eps, eps_rel, weight_decay, seed, val_fraction);
+        out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
+        out
+    }
+
+    /// Options of the checkpoint, if no given one says otherwise.
+    ///
+    /// # Errors
+    /// The first option that contradicts.
+    pub fn resumed(&self, saved: &str) -> Result<Hyper, Failure> {
+        let damaged = |e| Failure::corrupted(format!("the options in the checkpoint cannot be read: {e}; use the program that wrote it"));
+        let hyper: Hyper = serde_json::from_str(saved).map_err(damaged)?;
+        hyper.agrees(&self.given(), "the run was started with")?;
+        Ok(hyper)
+    }
+}
+
+impl Hyper {
+    fn agrees(&self, given: &[(&'static str, serde_json::Value)], whose: &str) -> Result<(), Failure> {
+        let own = serde_json::to_value(self).unwrap_or_default();
+        for (key, value) in given {
+            if own.get(*key) != Some(value) {
+                let flag = key.replace('_', "-");
+                let found = own.get(*key).map_or(String::new(), ToString::to_string);
+                return Err(Failure::usage(format!("--{flag} is {value}, but {whose} {found}; leave the option out or start another run")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the batch shape from a plan.
+    ///
+    /// # Errors
+    /// When options ask for another shape, or for an estimator, which a plan has built in.
+    pub fn shaped(mut self, rows: usize, tokens: usize, args: &HyperArgs) -> Result<Hyper, Failure> {
+        (self.batch, self.seq_len) = (rows as u32, tokens as u32);
+        let built_in = ["estimator", "rank", "kappa", "sigma", "momentum", "vec_scale", "mode", "directions", "distribution", "eps"];
+        for (key, _) in args.given() {
+            if built_in.contains(&key) || ["eps_rel", "weight_decay"].contains(&key) {
+                let flag = key.replace('_', "-");
+                return Err(Failure::usage(format!("--{flag} is built into a compiled plan; name the configuration instead")));
+            }
+        }
+        self.agrees(&args.given(), "the plan has")?;
+        Ok(self)
+    }
+
+    /// The estimator for the compiler.
+    pub fn scheme(&self) -> Scheme {
+        match self.estimator {
+            EstimatorName::PerseqLowrank => Scheme::PerSequence {
+                rank: self.rank as usize,
+                kappa: self.kappa as f32,
+                sigma_vec: self.sigma as f32,
+            },
+            EstimatorName::Mezo => Scheme::Mezo {
+                requantise: self.mode == Mode::Requantise,
+                directions: self.directions as usize,
+                dist: match self.distribution {
+                    Entries::Rademacher => Distribution::Rademacher,
+                    Entries::Gaussian => Distribution::Gaussian,
+                },
+                eps: self.eps as f32,
+                eps_rel: self.eps_rel.map(|x| x as f32),
+            },
+        }
+    }
+
+    /// The update for the compiler; `balance` is the rate of the experts' selection biases.
+    pub fn rule(&self, balance: f64) -> UpdateRule {
+        UpdateRule {
+            momentum: self.momentum as f32,
+            vec_scale: self.vec_scale as f32,
+            weight_decay: self.weight_decay as f32,
+            balance: balance as f32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_run_keeps_its_options() {
+        let started = HyperArgs { lr: Some(0.1), lr_decay: Some(Decay::Constant), ..HyperArgs::default() };
+        let saved = serde_json::to_string(&started.fresh()).expect("JSON");
+        assert_eq!(HyperArgs::default().resumed(&saved).expect("options"), started.fresh());
+        assert_eq!(started.resumed(&saved).expect("the same options"), started.fresh());
+        for (other, flag) in [
+            (HyperArgs { lr: Some(0.2), ..HyperArgs::default() }, "--lr is 0.2, but the run was started with 0.1"),
+            (HyperArgs { lr_decay: Some(Decay::Cosine), ..HyperArgs::default() }, "--lr-decay"),
+            (HyperArgs { eps_rel: Some(0.2), ..HyperArgs::default() }, "--eps-rel"),
+        ] {
+            let failure = other.resumed(&saved).expect_err("a contradiction");
+            assert!(failure.code == 2 && failure.message.contains(flag), "{}", failure.message);
+        }
+        assert_eq!(HyperArgs::default().resumed("{}").expect_err("no options").code, 5);
+    }
+
+    #[test]
+    fn a_plan_decides_its_shape() {
+        let args = HyperArgs { batch: Some(4), ..HyperArgs::default() };
+        let hyper = args.fresh().shaped(4, 32, &args).expect("the same batch");
+        assert_eq!((hyper.batch, hyper.seq_len), (4, 32));
+        assert!(args.fresh().shaped(8, 32, &args).is_err());
+        let args = HyperArgs { rank: Some(1), ..HyperArgs::default() };
+        assert!(args.fresh().shaped(8, 32, &args).expect_err("built in").message.contains("--rank"));
+    }
+
+    #[test]
+    fn numbers_are_checked() {
+        assert_eq!((positive("1e-3"), share("0")), (Ok(1e-3), Ok(0.0)));
+        assert!(["0", "-1", "nan", "inf", "x"].iter().all(|x| positive(x).is_err()));
+        assert!(["1", "-0.1", "nan"].iter().all(|x| share(x).is_err()));
+    }
+}

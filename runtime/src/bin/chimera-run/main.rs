@@ -1,0 +1,60 @@
+//! `chimera-run`: train models and run them.
+//!
+//! Invariant: stdout carries results only, everything else goes to stderr; failures have a sentence and an exit code.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line program talks to people")]
+#![allow(unreachable_pub, reason = "modules of a binary")]
+
+mod call;
+mod generate;
+mod hyper;
+mod model;
+mod options;
+mod quickstart;
+mod session;
+mod train;
+
+use clap::{Parser, Subcommand};
+use options::Failure;
+use std::process::ExitCode;
+
+/// Train ternary language models without back-propagation, and run them.
+#[derive(Parser)]
+#[command(name = "chimera-run", version, propagate_version = true)]
+#[command(after_help = "Exit codes: 0 ok, 1 failure, 2 usage, 3 invalid configuration, 4 memory or disk, 5 corrupted file.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model on text files
+    Train(Box<train::Args>),
+    /// Continue a prompt
+    Generate(Box<generate::Args>),
+    /// Run one entry point on given tensors
+    Call(Box<call::Args>),
+    /// Train a small model on the embedded corpus and let it write
+    Quickstart(Box<quickstart::Args>),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(*args),
+        Command::Generate(args) => generate::run(*args),
+        Command::Call(args) => call::run(*args),
+        Command::Quickstart(args) => quickstart::run(*args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&failure),
+    }
+}
+
+fn report(failure: &Failure) -> ExitCode {
+    if !failure.message.is_empty() {
+        eprintln!("{failure}");
+    }
+    ExitCode::from(failure.code)
+}

@@ -1,0 +1,211 @@
+//! `chimera-run quickstart`: without any file of the user's, train a small model on the embedded corpus, save it, load it and let it write.
+//!
+//! Invariant: every number that is shown was measured in this run, on text that was not trained on where it says held out.
+
+use crate::hyper::{Hyper, HyperArgs};
+use crate::model::compile_entries;
+use crate::options::{Failure, RunOptions as ExecArgs};
+use crate::session::{Interrupt, Reporter, training_entries};
+use chimera_compiler::{EntryKind, EntrySpec};
+use chimera_frontends::config::{self, ModelConfig, Overrides, Scale};
+use chimera_runtime::exec::Executable;
+use chimera_runtime::generate::{Generator, Settings};
+use chimera_runtime::text::{self, Batches, LossTally, Sampling, Source, StreamDecoder, TokenStream, Vocab, corpus};
+use chimera_runtime::train::checkpoint::{self, Meta};
+use chimera_runtime::train::metrics::Log;
+use chimera_runtime::train::weights::WeightFile;
+use chimera_runtime::train::{Budget, Decay, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+/// The name of the folder where nobody asks for another.
+const DEFAULT_OUT: &str = "chimera-quickstart";
+/// Steps between measurements.
+const VALIDATE_EVERY: u64 = 200;
+/// Rows of held-out text in a measurement.
+const VALIDATION_ROWS: usize = 256;
+/// Tokens that a prompt takes at a time.
+const CHUNK: usize = 16;
+/// Most bytes of the sample.
+const SAMPLE: usize = 400;
+/// What the sample continues.
+const PROMPT: &str = "/// The ";
+
+/// Options of `quickstart`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Seconds of training
+    #[arg(long, default_value_t = 120, env = "CHIMERA_SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub seconds: u64,
+    /// Folder of the run [default: chimera-quickstart, or the next free name]
+    #[arg(long, env = "CHIMERA_OUT", value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub hyper: HyperArgs,
+    #[command(flatten)]
+    pub exec: ExecArgs,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// See the exit codes of [`Failure`].
+pub fn run(args: Args) -> Result<(), Failure> {
+    let interrupt = Interrupt::register()?;
+    let folder = free_folder(args.out.as_deref())?;
+    let hyper = hyper(&args);
+    let vocab = Vocab::bytes();
+    let model = config::preset(Scale::Pico, &Overrides { vocab_size: Some(vocab.size()), ..Overrides::default() })?.model;
+    let (batches, validation) = data(&vocab, &hyper)?;
+    let reporter = Reporter::new(None, false, false);
+    let entropy = text::unigram_bits_per_byte(&vocab, batches.stream().tokens()).unwrap_or(f64::NAN);
+    let mut exec = Executable::new(compile_entries(&model, training_entries(&model, &hyper), &args.exec.target)?, &args.exec.exec())?;
+    init::initialise(&mut exec, hyper.seed)?;
+    reporter.say(&format!(
+        "a byte-level model of {} parameters, trained on {} KB of this project's own text for {} s by comparing losses, without back-propagation",
+        config::parameter_count(&model),
+        batches.stream().tokens().len() / 1000,
+        args.seconds,
+    ));
+    reporter.say(&format!("the text has a unigram entropy of {entropy:.3} bits/byte; a uniform guess needs 8.0"));
+    let meta = Meta {
+        config: exec.plan().config.clone(),
+        vocab: vocab.to_text(),
+        options: serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?,
+        data: "the embedded corpus".into(),
+        progress: Progress::default(),
+    };
+    let mut trainer = Trainer::new(exec, hyper.seed)?;
+    let options = run_options(&hyper, folder.clone());
+    let before = trainer.measure(&validation, VALIDATION_ROWS, &vocab)?;
+    let mut reporter = Reporter::new(Some(Log::open(&folder, 0)?), false, false);
+    let mut run = Run { trainer: &mut trainer, batches: &batches, validation: &validation, vocab: &vocab, progress: Progress::default(), meta };
+    let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
+    reporter.finish();
+    let (outcome, progress) = (outcome?, run.progress);
+    let after = trainer.measure(&validation, VALIDATION_ROWS, &vocab)?;
+    let forwards = progress.step * trainer.forward_tokens();
+    drop(trainer);
+    let path = checkpoint::path_of(&folder, progress.step);
+    reporter.say(&reached(&before, &after, entropy, &progress, forwards));
+    if outcome == Outcome::Stopped {
+        return finish(&path);
+    }
+    reporter.say(&format!("loaded {}; it continues {PROMPT:?}:", path.display()));
+    sample(&model, &vocab, &path, &args.exec)?;
+    reporter.say(&next_steps(&folder));
+    Ok(())
+}
+
+/// The options of the run: what the two minutes are best spent on, unless given.
+fn hyper(args: &Args) -> Hyper {
+    let given = &args.hyper;
+    let tuned = HyperArgs {
+        seq_len: given.seq_len.or(Some(32)),
+        batch: given.batch.or(Some(64)),
+        lr: given.lr.or(Some(0.02)),
+        lr_decay: given.lr_decay.or(Some(Decay::Cosine)),
+        lr_floor: given.lr_floor.or(Some(0.05)),
+        val_fraction: given.val_fraction.or(Some(0.05)),
+        ..given.clone()
+    };
+    Hyper { seconds: Some(args.seconds as f64), ..tuned.fresh() }
+}
+
+fn run_options(hyper: &Hyper, folder: PathBuf) -> RunOptions {
+    let decay = hyper.lr_decay.parse().unwrap_or(Decay::Cosine);
+    RunOptions {
+        budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
+        schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
+        validate_every: VALIDATE_EVERY,
+        validation_rows: VALIDATION_ROWS,
+        save_every: 0,
+        keep: 1,
+        folder: Some(folder),
+    }
+}
+
+/// The folder that was asked for if it holds no run, or the first free name.
+fn free_folder(asked: Option<&Path>) -> Result<PathBuf, Failure> {
+    if let Some(folder) = asked {
+        return match checkpoint::latest(folder)? {
+            None => Ok(folder.to_path_buf()),
+            Some(run) => Err(Failure::usage(format!("{}: there is a run already; choose another folder by --out", run.display()))),
+        };
+    }
+    let names = std::iter::once(DEFAULT_OUT.to_owned()).chain((2u32..).map(|n| format!("{DEFAULT_OUT}-{n}")));
+    let free = names.map(PathBuf::from).find(|name| !name.exists());
+    free.ok_or_else(|| Failure::usage("no folder name is free; choose one by --out"))
+}
+
+/// The embedded corpus, its documents in one source so that some of them are held out whole.
+fn data(vocab: &Vocab, hyper: &Hyper) -> Result<(Batches, TokenStream), Failure> {
+    let documents = corpus::documents().into_iter().map(|d| d.as_bytes().to_vec()).collect();
+    let source = Source { name: "the embedded corpus".into(), documents };
+    let tokens = text::tokenise(vocab, &[source], &mut |_, _| {})?;
+    let split = text::split(tokens, hyper.val_fraction)?;
+    let stream = |documents: &[Vec<u32>]| TokenStream::new(documents, vocab.end_of_document());
+    Ok((Batches::new(stream(&split.train), hyper.seed), stream(&split.validation)))
+}
+
+fn reached(before: &LossTally, after: &LossTally, entropy: f64, progress: &Progress, forwards: u64) -> String {
+    let bits = |t: &LossTally| t.bits_per_byte().unwrap_or(f64::NAN);
+    let verdict = match bits(after) {
+        b if b < entropy => "below the unigram entropy: the model has learned to use what came before",
+        b if b < bits(before) => {
+            "not below the unigram entropy: so far the model has mostly learned how often each byte occurs; a longer run goes on from here"
+        }
+        _ => "no better than at the start: the run was too short for the estimator to find its direction",
+    };
+    format!(
+        "held out: {:.3} bits/byte at the start, {:.3} behind {} steps and {:.1} M tokens of forward passes in {:.0} s; {verdict}",
+        bits(before),
+        bits(after),
+        progress.step,
+        forwards as f64 / 1e6,
+        progress.seconds,
+    )
+}
+
+/// Loads the checkpoint into a plan for generation and streams a sample to stdout.
+fn sample(model: &ModelConfig, vocab: &Vocab, path: &Path, exec: &ExecArgs) -> Result<(), Failure> {
+    let spec = |kind, tokens| EntrySpec { kind, rows: 1, tokens, depth: None };
+    let entries = vec![spec(EntryKind::Prefill, CHUNK), spec(EntryKind::Decode, 1)];
+    let mut exe = Executable::new(compile_entries(model, entries, &exec.target)?, &exec.exec())?;
+    WeightFile::open(path)?.assign(&mut exe, false)?;
+    let mut generator = Generator::new(&mut exe, vocab)?;
+    generator.feed(&vocab.encode(PROMPT))?;
+    let sampling = Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() };
+    let settings = Settings { sampling, max_tokens: SAMPLE, ..Settings::default() };
+    let mut out = io::stdout().lock();
+    let mut decoder = StreamDecoder::new(vocab);
+    let mut failed = None;
+    write!(out, "{PROMPT}")?;
+    generator.generate(&settings, &mut |id| {
+        match out.write_all(decoder.push(id).as_bytes()).and_then(|()| out.flush()) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(e) => {
+                failed = Some(e);
+                ControlFlow::Break(())
+            }
+        }
+    })?;
+    if let Some(e) = failed {
+        return Err(e.into());
+    }
+    writeln!(out, "{}", decoder.flush())?;
+    Ok(())
+}
+
+fn finish(path: &Path) -> Result<(), Failure> {
+    writeln!(io::stdout().lock(), "{}", path.display())?;
+    Ok(())
+}
+
+fn next_steps(folder: &Path) -> String {
+    let folder = folder.display();
+    format!(
+        "next:\n  chimera-run generate {folder} --prompt \"fn main\" -n 200\n  chimera-run train {folder} --data YOUR.txt --out my-run --steps 2000\n  chimera-run train --scale nano --vocab o200k:restricted --data YOUR.txt --out my-nano"
+    )
+}

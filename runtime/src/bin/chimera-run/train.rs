@@ -1,0 +1,322 @@
+//! `chimera-run train`: a model, text files, a budget; checkpoints and metrics in a folder.
+//!
+//! Invariant: the same options, data and seed give the same checkpoint, however often the run was interrupted and resumed, unless
+//! seconds bound it.
+
+use crate::hyper::{Hyper, HyperArgs};
+use crate::model::{Model, Source, spec_of_size};
+use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
+use crate::session::{Interrupt, Reporter, training_entries};
+use chimera_ir::plan::Plan;
+use chimera_runtime::exec::Executable;
+use chimera_runtime::text::{self, Batches, Split, TextError, TokenSource, TokenStream, Vocab, VocabSpec};
+use chimera_runtime::train::checkpoint::{self, Meta};
+use chimera_runtime::train::metrics::{Log, Short};
+use chimera_runtime::train::weights::WeightFile;
+use chimera_runtime::train::{Budget, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Steps of a run that nothing else bounds.
+const DEFAULT_STEPS: u64 = 1000;
+
+/// Options of `train`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// Text files; each one is a document
+    #[arg(long, num_args = 1.., value_name = "FILE", env = "CHIMERA_DATA", value_delimiter = ';')]
+    pub data: Vec<PathBuf>,
+    /// Steps in all [default: 1000]
+    #[arg(long, env = "CHIMERA_STEPS")]
+    pub steps: Option<u64>,
+    /// Seconds in all; the learning rate decays over them
+    #[arg(long, env = "CHIMERA_SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: Option<u64>,
+    #[command(flatten)]
+    pub hyper: HyperArgs,
+    /// Measure on held-out data every so many steps; 0 never does
+    #[arg(long, default_value_t = 100, env = "CHIMERA_VAL_EVERY")]
+    pub val_every: u64,
+    /// Most held-out tokens to measure on
+    #[arg(long, default_value_t = 32768, env = "CHIMERA_VAL_TOKENS", value_name = "N")]
+    pub val_tokens: u64,
+    /// Write a checkpoint every so many steps; 0 writes one at the end only
+    #[arg(long, default_value_t = 0, env = "CHIMERA_SAVE_EVERY", value_name = "N")]
+    pub save_every: u64,
+    /// Checkpoints to keep
+    #[arg(long, default_value_t = 2, env = "CHIMERA_KEEP", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub keep: u16,
+    /// Folder of the run
+    #[arg(long, env = "CHIMERA_OUT", value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Go on with the newest checkpoint of --out if there is one, or with a given checkpoint or folder
+    #[arg(long, num_args = 0..=1, default_missing_value = "auto", value_name = "auto|PATH", env = "CHIMERA_RESUME")]
+    pub resume: Option<PathBuf>,
+    #[command(flatten)]
+    pub exec: ExecArgs,
+    /// Print one line of JSON for each step on stdout
+    #[arg(long, env = "CHIMERA_JSON")]
+    pub json: bool,
+    /// Show no progress
+    #[arg(short, long, env = "CHIMERA_QUIET")]
+    pub quiet: bool,
+}
+
+/// The folder of a run that was given none.
+const DEFAULT_OUT: &str = "chimera-run";
+
+/// Runs the command.
+///
+/// # Errors
+/// See the exit codes of [`Failure`].
+pub fn run(args: Args) -> Result<(), Failure> {
+    let interrupt = Interrupt::register()?;
+    let (saved, folder) = resumed(&args)?;
+    let mut hyper = match &saved {
+        Some((_, meta)) => args.hyper.resumed(&meta.options)?,
+        None => args.hyper.fresh(),
+    };
+    set_budget(&mut hyper, &args, saved.is_some());
+    if !args.data.is_empty() {
+        hyper.data = args.data.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
+    }
+    let model_options = match (&saved, &hyper.plan) {
+        (Some(_), Some(plan)) if args.model.path().is_none() => ModelOptions { model: Some(plan.clone()), ..args.model.clone() },
+        (Some((file, _)), _) if args.model.path().is_none() => {
+            ModelOptions { model: Some(file.path().to_path_buf()), ..args.model.clone() }
+        }
+        _ => args.model.clone(),
+    };
+    let reporter = Reporter::new(None, args.json, args.quiet);
+    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, saved.as_ref().map(|s| &s.1))?;
+    model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
+    let plan = plan_of(&model, &mut hyper, &args)?;
+    if let Some((file, meta)) = &saved {
+        if meta.config != plan.config {
+            return Err(Failure::usage(format!(
+                "{}: the run has another configuration; leave the model out, or start another run with --out",
+                file.path().display()
+            )));
+        }
+    }
+    let fingerprint = fingerprint(&tokens);
+    let split = text::split(tokens, hyper.val_fraction)?;
+    let (batches, validation) = streams(split, &vocab, &hyper)?;
+    if let Some((file, meta)) = &saved {
+        if meta.data != fingerprint {
+            return Err(Failure::usage(format!(
+                "{}: the run was started with other data ({}, found {fingerprint}); give the same files, or start another run from its weights: train {0} --data ... --out DIR",
+                file.path().display(),
+                meta.data
+            )));
+        }
+    }
+    let mut exec = Executable::new(plan, &args.exec.exec())?;
+    match (&saved, &model.source) {
+        (Some((file, _)), _) => checkpoint::restore(file, &mut exec)?,
+        (None, Source::Weights(file, _)) => file.assign(&mut exec, false)?,
+        (None, _) => init::initialise(&mut exec, hyper.seed)?,
+    }
+    let meta = Meta {
+        config: exec.plan().config.clone(),
+        vocab: vocab.to_text(),
+        options: serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?,
+        data: fingerprint,
+        progress: Progress::default(),
+    };
+    let progress = saved.as_ref().map_or(Progress::default(), |(_, meta)| meta.progress);
+    let mut trainer = Trainer::new(exec, hyper.seed)?;
+    let mut reporter = Reporter::new(Some(Log::open(&folder, progress.step)?), args.json, args.quiet);
+    reporter.say(&introduction(&model, &vocab, &batches, &validation, &trainer, &hyper, &progress));
+    let options = run_options(&args, &hyper, folder)?;
+    let mut run = Run { trainer: &mut trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta };
+    let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
+    reporter.finish();
+    let outcome = outcome?;
+    let progress = run.progress;
+    conclude(&args, &options, outcome, &progress)
+}
+
+/// The checkpoint to go on with, if any, and the folder of the run.
+fn resumed(args: &Args) -> Result<(Option<(WeightFile, Meta)>, PathBuf), Failure> {
+    let out = args.out.clone().unwrap_or_else(|| DEFAULT_OUT.into());
+    let path = match &args.resume {
+        None => {
+            if let Some(newest) = checkpoint::latest(&out)? {
+                return Err(Failure::usage(format!(
+                    "{}: there is a run already; go on with it by --resume, or choose another folder by --out",
+                    newest.display()
+                )));
+            }
+            return Ok((None, out));
+        }
+        Some(auto) if auto.as_os_str() == "auto" => match checkpoint::latest(&out)? {
+            Some(path) => path,
+            None => return Ok((None, out)),
+        },
+        Some(folder) if folder.is_dir() => checkpoint::latest(folder)?
+            .ok_or_else(|| Failure::new(format!("{}: the folder has no checkpoint", folder.display())))?,
+        Some(file) => file.clone(),
+    };
+    let file = WeightFile::open(&path)?;
+    let meta = checkpoint::meta(&file)?
+        .ok_or_else(|| Failure::usage(format!("{}: the file is no checkpoint, so no run can be resumed from it", path.display())))?;
+    let beside = path.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf);
+    let folder = args.out.clone().unwrap_or(beside);
+    Ok((Some((file, meta)), folder))
+}
+
+/// A budget on the command line replaces that of the checkpoint.
+fn set_budget(hyper: &mut Hyper, args: &Args, resumed: bool) {
+    if args.steps.is_some() || args.seconds.is_some() {
+        (hyper.steps, hyper.seconds) = (args.steps, args.seconds.map(|s| s as f64));
+    } else if !resumed {
+        hyper.steps = Some(DEFAULT_STEPS);
+    }
+}
+
+/// The model, its vocabulary and the data in tokens of it.
+fn model_and_tokens(
+    options: &ModelOptions,
+    hyper: &Hyper,
+    saved: Option<&Meta>,
+) -> Result<(Model, Vocab, Vec<TokenSource>), Failure> {
+    let mut model = Model::open(options, None)?;
+    let sources = text::read_files(&hyper.data)?;
+    if sources.iter().all(|s| s.documents.iter().all(Vec::is_empty)) {
+        return Err(TextError::NoFiles.into());
+    }
+    let fixed = match (&model.source, saved) {
+        (_, Some(meta)) => Some(Vocab::from_text(&meta.vocab)?),
+        (Source::Weights(..), None) => Some(model.vocab(options.vocab.as_ref())?),
+        _ => None,
+    };
+    if let Some(vocab) = fixed {
+        if options.vocab.as_ref().is_some_and(|spec| !matches!(spec, VocabSpec::File(_)) && name_of(spec) != vocab.name()) {
+            return Err(Failure::config(format!("the weights were made with the vocabulary {}; leave --vocab out", vocab.name())));
+        }
+        model.check(&vocab)?;
+        let tokens = text::tokenise(&vocab, &sources, &mut |_, _| {})?;
+        return Ok((model, vocab, tokens));
+    }
+    let spec = match &options.vocab {
+        Some(spec) => spec.clone(),
+        None if options.scale.is_some() && matches!(model.source, Source::Config) => VocabSpec::Bytes,
+        None => spec_of_size(model.config.vocab_size).ok_or_else(|| {
+            let n = model.config.vocab_size;
+            Failure::usage(format!("which vocabulary of {n} tokens is not known; give --vocab bytes, o200k, o200k:restricted or a file"))
+        })?,
+    };
+    let (vocab, tokens) = text::prepare(&spec, &sources, &mut |_, _| {})?;
+    if vocab.size() != model.config.vocab_size {
+        // A configuration takes the size of the vocabulary; a plan cannot.
+        model = Model::open(options, Some(vocab.size()))?;
+    }
+    Ok((model, vocab, tokens))
+}
+
+fn name_of(spec: &VocabSpec) -> &'static str {
+    match spec {
+        VocabSpec::Bytes => "bytes",
+        VocabSpec::O200k => "o200k",
+        VocabSpec::Restricted => "o200k:restricted",
+        VocabSpec::File(_) => "",
+    }
+}
+
+/// The plan of the run; a plan that was named decides shape and estimator.
+fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failure> {
+    if let Source::Plan(plan) = &model.source {
+        let port = plan.entry("dual_loss").and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
+        if let Some(&[rows, tokens]) = port.map(|p| &plan.buffer(p.1).ty.dims[..]) {
+            *hyper = hyper.clone().shaped(rows, tokens, &args.hyper)?;
+        }
+        if let Some(path) = args.model.path() {
+            hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
+        }
+    }
+    model.plan(training_entries(&model.config, hyper), &args.exec.target)
+}
+
+/// What identifies data: number and checksum of all tokens.
+fn fingerprint(tokens: &[TokenSource]) -> String {
+    let (mut count, mut sum) = (0u64, 0);
+    for document in tokens.iter().flat_map(|s| &s.documents) {
+        count += document.len() as u64;
+        sum = document.iter().fold(crc32c::crc32c_append(sum, b"document"), |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
+    }
+    format!("{count} tokens, crc32c {sum:08x}")
+}
+
+fn streams(split: Split, vocab: &Vocab, hyper: &Hyper) -> Result<(Batches, TokenStream), Failure> {
+    let train = TokenStream::new(&split.train, vocab.end_of_document());
+    let seq = hyper.seq_len as usize;
+    if train.rows(seq) == 0 {
+        return Err(TextError::TooShort { tokens: train.tokens().len(), seq }.into());
+    }
+    let validation = TokenStream::new(&split.validation, vocab.end_of_document());
+    Ok((Batches::new(train, hyper.seed), validation))
+}
+
+fn introduction(
+    model: &Model,
+    vocab: &Vocab,
+    batches: &Batches,
+    validation: &TokenStream,
+    trainer: &Trainer,
+    hyper: &Hyper,
+    progress: &Progress,
+) -> String {
+    let parameters = chimera_frontends::config::parameter_count(&model.config);
+    let tokens = batches.stream().tokens();
+    let unigram = text::unigram_bits_per_byte(vocab, tokens).map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
+    let from = if progress.step > 0 { format!("; resuming behind step {}", progress.step) } else { String::new() };
+    format!(
+        "{parameters} parameters, vocabulary {} ({}); {} training and {} held-out tokens{unigram}; batch {} x {}, {} threads, {} MB{from}",
+        vocab.name(),
+        vocab.size(),
+        tokens.len(),
+        validation.tokens().len(),
+        hyper.batch,
+        hyper.seq_len,
+        trainer.exec().threads(),
+        trainer.exec().bytes() >> 20,
+    )
+}
+
+fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf) -> Result<RunOptions, Failure> {
+    let decay = hyper.lr_decay.parse().map_err(Failure::corrupted)?;
+    Ok(RunOptions {
+        budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
+        schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
+        validate_every: args.val_every,
+        validation_rows: usize::try_from(args.val_tokens / u64::from(hyper.seq_len)).unwrap_or(usize::MAX).max(1),
+        save_every: args.save_every,
+        keep: usize::from(args.keep),
+        folder: Some(folder),
+    })
+}
+
+/// The result on stdout, the rest on stderr.
+fn conclude(args: &Args, options: &RunOptions, outcome: Outcome, progress: &Progress) -> Result<(), Failure> {
+    let folder = options.folder.as_deref().unwrap_or(Path::new("."));
+    let path = checkpoint::path_of(folder, progress.step);
+    if !args.quiet {
+        let time = Short(Duration::from_secs_f64(progress.seconds));
+        match outcome {
+            Outcome::Finished => eprintln!("finished {} steps in {time}", progress.step),
+            Outcome::Stopped => eprintln!(
+                "stopped behind step {} after {time}; go on with: chimera-run train --resume {}",
+                progress.step,
+                folder.display()
+            ),
+        }
+    }
+    if !args.json {
+        writeln!(std::io::stdout().lock(), "{}", path.display())?;
+    }
+    Ok(())
+}

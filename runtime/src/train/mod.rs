@@ -1,0 +1,150 @@
+//! Training: initial weights, the step of a zeroth-order estimator, the loop around it, and what a run keeps on disk.
+//!
+//! Invariant: after the same number of steps, weights, optimizer memory and data position depend on plan, seed, options and data alone,
+//! not on threads, interruptions or the clock (unless a time budget was asked for).
+
+pub mod checkpoint;
+mod driver;
+pub mod init;
+pub mod metrics;
+mod schedule;
+mod step;
+pub mod weights;
+
+pub use driver::{Budget, Event, Outcome, Progress, Run, RunOptions};
+pub use schedule::{Decay, Schedule};
+pub use step::{Estimator, Probed, Trainer, coefficients};
+
+use crate::exec::ExecError;
+use crate::files::FileError;
+use crate::text::TextError;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// Why training could not go on.
+#[derive(Debug)]
+pub enum TrainError {
+    /// The executor refused.
+    Exec(ExecError),
+    /// A checkpoint or weight file could not be read or written.
+    File(FileError),
+    /// The data cannot be trained on.
+    Text(TextError),
+    /// The plan is not one for training: what is missing or wrong, and the cure.
+    Plan(String),
+    /// Weights that do not belong to the plan.
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// A weight that is not a finite number.
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Flat index of the first such element.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// A checkpoint whose metadata do not make sense.
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// The loss of a probe is not a finite number.
+    Diverged {
+        /// The step, counted from 0.
+        step: u64,
+        /// The loss.
+        loss: f64,
+    },
+    /// A log or the output could not be written.
+    Io {
+        /// The file, if it is one.
+        path: Option<PathBuf>,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl TrainError {
+    /// Exit code of a command that ends with this error: 1 failure, 4 resource, 5 corrupted file.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            TrainError::Exec(e) => e.exit_code(),
+            TrainError::File(e) => e.exit_code(),
+            TrainError::NotFinite { .. } | TrainError::Checkpoint { .. } => 5,
+            TrainError::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => 4,
+                _ => 1,
+            },
+            TrainError::Text(_) | TrainError::Plan(_) | TrainError::Weights { .. } | TrainError::Diverged { .. } => 1,
+        }
+    }
+}
+
+impl fmt::Display for TrainError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TrainError::Exec(e) => e.fmt(f),
+            TrainError::File(e) => e.fmt(f),
+            TrainError::Text(e) => e.fmt(f),
+            TrainError::Plan(why) => write!(f, "the plan cannot be trained: {why}"),
+            TrainError::Weights { path, reason } | TrainError::Checkpoint { path, reason } => {
+                write!(f, "{}: {reason}", path.display())
+            }
+            TrainError::NotFinite { path, tensor, index, value } => {
+                write!(
+                    f,
+                    "{}: tensor `{tensor}` has the value {value} at element {index}, expected finite numbers; restore the file from its source",
+                    path.display()
+                )
+            }
+            TrainError::Diverged { step, loss } => {
+                write!(
+                    f,
+                    "the loss is {loss} in step {step}, expected a finite number; the last checkpoint is unchanged, resume it or start again with a smaller --lr"
+                )
+            }
+            TrainError::Io { path: Some(path), source } => write!(f, "{}: cannot write: {source}", path.display()),
+            TrainError::Io { path: None, source } => write!(f, "cannot write the output: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for TrainError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            TrainError::Exec(e) => Some(e),
+            TrainError::File(e) => Some(e),
+            TrainError::Text(e) => Some(e),
+            TrainError::Io { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+impl From<ExecError> for TrainError {
+    fn from(e: ExecError) -> TrainError {
+        TrainError::Exec(e)
+    }
+}
+
+impl From<FileError> for TrainError {
+    fn from(e: FileError) -> TrainError {
+        TrainError::File(e)
+    }
+}
+
+impl From<TextError> for TrainError {
+    fn from(e: TextError) -> TrainError {
+        TrainError::Text(e)
+    }
+}

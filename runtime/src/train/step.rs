@@ -1,0 +1,281 @@
+//! One step of a zeroth-order estimator: probe, compare, update.
+//!
+//! Invariant: a step changes weights only after every loss of its probes was found finite.
+
+use super::TrainError;
+use crate::exec::{EntryId, Executable};
+use crate::text::{Batch, IGNORE, LossTally, TokenStream, Vocab};
+use chimera_ir::plan::{Plan, WeightKind};
+use chimera_ir::{DType, Type};
+
+/// The entry point that evaluates all probes.
+const DUAL_LOSS: &str = "dual_loss";
+/// The entry point that moves the weights.
+const UPDATE: &str = "update";
+/// The entry point that measures.
+const LOSS: &str = "loss";
+/// Ports with the load of the experts begin so.
+const LOAD: &str = "load.";
+
+/// What turns losses into the scalars of an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Estimator {
+    /// Every sequence compares its own two probes; differences are scaled to unit spread (semantics 13.4).
+    PerSequence,
+    /// All sequences share each direction (semantics 13.1).
+    Mezo,
+}
+
+impl Estimator {
+    /// The estimator of a plan: only the per-sequence one has optimizer memory.
+    pub fn of(plan: &Plan) -> Estimator {
+        match plan.weights.iter().any(|w| w.kind == WeightKind::Optimizer) {
+            true => Estimator::PerSequence,
+            false => Estimator::Mezo,
+        }
+    }
+}
+
+/// The losses of one step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Probed {
+    /// Loss of every positive probe: one for each sequence or direction.
+    pub plus: Vec<f64>,
+    /// Loss of every negative probe, in the same order.
+    pub minus: Vec<f64>,
+    /// The scalars that the update was given.
+    pub c: Vec<f32>,
+    /// Mean over both signs of all probes, weighted by counted labels, in nats per token.
+    pub loss: f64,
+}
+
+/// The scalars of an update from the losses of both signs.
+///
+/// Per sequence `(l+ - l-) / (std + 1e-8)` with the population standard deviation over the batch, and the sign alone for a single
+/// sequence; otherwise `l+ - l-` of each direction, which the update divides by twice the size of its probe.
+pub fn coefficients(estimator: Estimator, plus: &[f64], minus: &[f64]) -> Vec<f32> {
+    let c: Vec<f64> = plus.iter().zip(minus).map(|(p, m)| p - m).collect();
+    let n = c.len() as f64;
+    match (estimator, &c[..]) {
+        (Estimator::PerSequence, &[only]) => vec![if only == 0.0 { 0.0 } else { only.signum() as f32 }],
+        (Estimator::PerSequence, _) => {
+            let mean = c.iter().sum::<f64>() / n;
+            let spread = (c.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / n).sqrt();
+            c.iter().map(|x| (x / (spread + 1e-8)) as f32).collect()
+        }
+        (Estimator::Mezo, _) => c.iter().map(|&x| x as f32).collect(),
+    }
+}
+
+/// The entry points of one training plan.
+#[derive(Debug)]
+pub struct Trainer {
+    exec: Executable,
+    estimator: Estimator,
+    seed: u64,
+    dual: EntryId,
+    update: EntryId,
+    loss: EntryId,
+    rows: usize,
+    tokens: usize,
+    /// Directions.
+    members: usize,
+    /// Rows that the measuring entry point takes.
+    measured_rows: usize,
+    measured_tokens: usize,
+    /// Ports that carry the load of experts from the probes to the update.
+    loads: Vec<String>,
+}
+
+impl Trainer {
+    /// A trainer over the entry points `dual_loss`, `update` and `loss` of a plan whose weights are set.
+    ///
+    /// # Errors
+    /// When the plan lacks one of them, or their shapes do not fit together.
+    pub fn new(exec: Executable, seed: u64) -> Result<Trainer, TrainError> {
+        let plan = exec.plan();
+        let estimator = Estimator::of(plan);
+        let absent = |name: &str| TrainError::Plan(format!("it has no entry point `{name}`; compile one for training"));
+        for name in [DUAL_LOSS, UPDATE, LOSS] {
+            plan.entry(name).ok_or_else(|| absent(name))?;
+        }
+        let [rows, tokens] = matrix(plan, DUAL_LOSS, "tokens")?;
+        let [measured_rows, measured_tokens] = matrix(plan, LOSS, "tokens")?;
+        let members = input_type(plan, UPDATE, "c")?.numel();
+        let (dual, update, loss) = (exec.entry(DUAL_LOSS)?, exec.entry(UPDATE)?, exec.entry(LOSS)?);
+        let probes = exec.output_type(dual, "losses")?.numel();
+        let expected = match estimator {
+            Estimator::PerSequence => (rows, 2 * rows),
+            Estimator::Mezo => (members, 2 * members * rows),
+        };
+        if (members, probes) != expected {
+            return Err(TrainError::Plan(format!(
+                "found {members} coefficients and {probes} losses for {rows} rows, expected {} and {}; compile it again",
+                expected.0, expected.1
+            )));
+        }
+        let ports = plan.entry(UPDATE).map_or(&[][..], |e| &e.inputs);
+        let loads = ports.iter().filter(|p| p.0.starts_with(LOAD)).map(|p| p.0.clone()).collect();
+        Ok(Trainer { exec, estimator, seed, dual, update, loss, rows, tokens, members, measured_rows, measured_tokens, loads })
+    }
+
+    /// The executable, with the weights as the last step left them.
+    pub fn exec(&self) -> &Executable {
+        &self.exec
+    }
+
+    /// The executable.
+    pub fn exec_mut(&mut self) -> &mut Executable {
+        &mut self.exec
+    }
+
+    /// Give the executable back.
+    pub fn into_exec(self) -> Executable {
+        self.exec
+    }
+
+    /// Sequences and tokens of a batch.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.tokens)
+    }
+
+    /// Tokens that go through the model in one step: each sign and direction is a pass.
+    pub fn forward_tokens(&self) -> u64 {
+        let passes = match self.estimator {
+            Estimator::PerSequence => 2,
+            Estimator::Mezo => 2 * self.members,
+        };
+        (passes * self.rows * self.tokens) as u64
+    }
+
+    /// Probe the weights on a batch and move them. `step` counts from 0 and selects the directions.
+    ///
+    /// # Errors
+    /// A batch of another shape, a loss that is not finite (the weights are then as they were), or a failure to execute.
+    pub fn step(&mut self, batch: &Batch, step: u64, lr: f64) -> Result<Probed, TrainError> {
+        let word = i32::from_ne_bytes((step as u32).to_ne_bytes());
+        let seed = [self.seed as u32, (self.seed >> 32) as u32].map(|w| i32::from_ne_bytes(w.to_ne_bytes()));
+        set_batch(&mut self.exec, self.dual, batch)?;
+        self.exec.set_input(self.dual, "seed", &seed)?;
+        self.exec.set_input(self.dual, "step", &[word])?;
+        self.exec.run_entry(self.dual)?;
+        let losses: Vec<f64> = self.exec.output::<f32>(self.dual, "losses")?.iter().map(|&x| f64::from(x)).collect();
+        if let Some(&bad) = losses.iter().find(|x| !x.is_finite()) {
+            return Err(TrainError::Diverged { step, loss: bad });
+        }
+        let counts = counted(batch);
+        let (plus, minus) = self.probes(&losses, &counts);
+        let c = coefficients(self.estimator, &plus, &minus);
+        for name in &self.loads {
+            let load = total_load(&self.exec, self.dual, name)?;
+            self.exec.set_input(self.update, name, &load)?;
+        }
+        self.exec.set_input(self.update, "c", &c)?;
+        self.exec.set_input(self.update, "seed", &seed)?;
+        self.exec.set_input(self.update, "step", &[word])?;
+        self.exec.set_input(self.update, "lr", &[lr as f32])?;
+        self.exec.run_entry(self.update)?;
+        let loss = weighted(&losses, &counts);
+        Ok(Probed { plus, minus, c, loss })
+    }
+
+    /// Losses of the positive and of the negative probes.
+    fn probes(&self, losses: &[f64], counts: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let half = losses.len() / 2;
+        let (plus, minus) = losses.split_at(half);
+        match self.estimator {
+            Estimator::PerSequence => (plus.to_vec(), minus.to_vec()),
+            Estimator::Mezo => {
+                let each = |side: &[f64]| side.chunks(self.rows).map(|rows| weighted(rows, counts)).collect();
+                (each(plus), each(minus))
+            }
+        }
+    }
+
+    /// Loss on the first rows of a stream, at most `rows` of them. The result does not depend on the batch size of the entry point.
+    ///
+    /// # Errors
+    /// When execution fails.
+    pub fn measure(&mut self, stream: &TokenStream, rows: usize, vocab: &Vocab) -> Result<LossTally, TrainError> {
+        let mut tally = LossTally::default();
+        let (batch_rows, tokens) = (self.measured_rows, self.measured_tokens);
+        let rows = rows.min(stream.measured_rows(tokens));
+        for first in (0..rows).step_by(batch_rows) {
+            let batch = stream.measure(first..(first + batch_rows).min(rows), batch_rows, tokens);
+            set_batch(&mut self.exec, self.loss, &batch)?;
+            self.exec.run_entry(self.loss)?;
+            let losses: Vec<f64> = self.exec.output::<f32>(self.loss, "losses")?.iter().map(|&x| f64::from(x)).collect();
+            tally.add(weighted(&losses, &counted(&batch)), &batch, vocab);
+        }
+        Ok(tally)
+    }
+}
+
+/// Counted labels of every row.
+fn counted(batch: &Batch) -> Vec<f64> {
+    batch.labels.chunks(batch.seq).map(|row| row.iter().filter(|&&l| l != IGNORE).count() as f64).collect()
+}
+
+/// Mean of losses weighted by counts, which repeat; 0 when nothing counts. Rows without counted labels are not looked at.
+fn weighted(losses: &[f64], counts: &[f64]) -> f64 {
+    let (mut sum, mut total) = (0.0, 0.0);
+    for (loss, count) in losses.iter().zip(counts.iter().cycle()).filter(|(_, count)| **count > 0.0) {
+        sum += loss * count;
+        total += count;
+    }
+    if total > 0.0 { sum / total } else { 0.0 }
+}
+
+fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(), TrainError> {
+    exec.set_input(entry, "tokens", &batch.tokens)?;
+    exec.set_input(entry, "seg", &batch.seg)?;
+    exec.set_input(entry, "labels", &batch.labels)?;
+    Ok(())
+}
+
+/// The load of one router summed over probes.
+fn total_load(exec: &Executable, dual: EntryId, name: &str) -> Result<Vec<i32>, TrainError> {
+    let experts = input_type(exec.plan(), UPDATE, name)?.numel();
+    let mut total = vec![0i32; experts];
+    for (i, &x) in exec.output::<i32>(dual, name)?.iter().enumerate() {
+        total[i % experts] = total[i % experts].saturating_add(x);
+    }
+    Ok(total)
+}
+
+fn input_type<'a>(plan: &'a Plan, entry: &str, name: &str) -> Result<&'a Type, TrainError> {
+    let port = plan.entry(entry).and_then(|e| e.inputs.iter().find(|p| p.0 == name));
+    let port = port.ok_or_else(|| TrainError::Plan(format!("its entry point `{entry}` has no input `{name}`; compile it again")))?;
+    Ok(&plan.buffer(port.1).ty)
+}
+
+/// Rows and tokens of a matrix input.
+fn matrix(plan: &Plan, entry: &str, name: &str) -> Result<[usize; 2], TrainError> {
+    let ty = input_type(plan, entry, name)?;
+    match (&ty.dims[..], ty.dtype) {
+        (&[rows, tokens], DType::I32) => Ok([rows, tokens]),
+        _ => Err(TrainError::Plan(format!("input `{name}` of `{entry}` is {ty}, expected i32[rows, tokens]; compile it again"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_have_unit_spread() {
+        let c = coefficients(Estimator::PerSequence, &[1.0, 2.0, 3.0], &[1.0, 1.0, 1.0]);
+        let spread = (2f64 / 3.0).sqrt();
+        assert_eq!(c, [0.0, 1.0 / spread, 2.0 / spread].map(|x| x as f32));
+        assert_eq!(coefficients(Estimator::PerSequence, &[2.0], &[5.0]), [-1.0]);
+        assert_eq!(coefficients(Estimator::PerSequence, &[2.0], &[2.0]), [0.0]);
+        assert_eq!(coefficients(Estimator::Mezo, &[2.0, 1.0], &[5.0, 0.5]), [-3.0, 0.5]);
+    }
+
+    #[test]
+    fn means_are_weighted_and_skip_empty_rows() {
+        assert_eq!(weighted(&[1.0, 4.0, 7.0, 10.0], &[3.0, 1.0]), (3.0 + 4.0 + 21.0 + 10.0) / 8.0);
+        assert_eq!(weighted(&[f64::NAN, 2.0], &[0.0, 5.0]), 2.0);
+        assert_eq!(weighted(&[1.0], &[0.0]), 0.0);
+    }
+}
