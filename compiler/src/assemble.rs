@@ -123,7 +123,8 @@ impl<'a> Assembler<'a> {
         e.sources(g, &mut scope);
         e.items(g, items, &mut scope);
         e.writes(g, &scope);
-        let end = e.steps.len() as u32;
+        // Results outlive the last step.
+        let end = (e.steps.len() as u32).saturating_sub(1);
         let outputs: Vec<(String, usize)> = g.outputs.iter().map(|(n, v)| (n.clone(), scope.values[v])).collect();
         outputs.iter().for_each(|&(_, s)| e.touch(s, end));
         let EntryBuilder { slots, steps, groups, inputs, .. } = e;

@@ -3,13 +3,28 @@
 //! The golden files order activations `[B, H, T, K]`; operations order them `[R, T, H * K]`.
 
 use chimera_ir::{
-    Data, DType, Op, Tensor, Type,
+    DType, Data, Op, Tensor, Type,
+    lower::Cluster,
     ops::{EflaBeta, GatedDelta, Mlstm, Positions, RopeScaling, RopeTable, ShortConv, TitansMemory, WindowAttention},
 };
 use chimera_tests::{
+    clusters::{Runner, run_cluster},
     golden::{Golden, assert_close},
-    kernels::all_ways,
 };
+
+/// The results of `op` by `eval`, by the reference interpreter and by every emitter, each with the name of the way.
+fn all_ways(op: impl Into<Op>, ins: &[Tensor]) -> Vec<(&'static str, Vec<Tensor>)> {
+    let (op, refs) = (op.into(), ins.iter().collect::<Vec<_>>());
+    let types: Vec<Type> = ins.iter().map(|t| t.ty.clone()).collect();
+    let cluster = Cluster::single(op.clone(), &types).unwrap_or_else(|e| panic!("{}: {e}", op.text()));
+    let emitters = chimera_codegen::emitters().iter().map(|e| (e.name(), Runner::Emitter(e.name())));
+    let runners = std::iter::once(("the reference", Runner::Reference)).chain(emitters);
+    let run = |(name, runner)| {
+        let results = run_cluster(&cluster, runner, &refs, None);
+        (name, results.unwrap_or_else(|e| panic!("{} by {name}: {e}", op.text())))
+    };
+    std::iter::once(("eval", op.eval(&refs))).chain(runners.map(run)).collect()
+}
 
 /// `[B, H, T, K]` or `[B, H, T]` by token.
 fn by_token(t: &Tensor) -> Tensor {
@@ -48,9 +63,9 @@ fn compare(file: &Golden, op: &Op, ins: &[Tensor], want: &[Option<Tensor>]) {
     }
 }
 
-/// Run in parts of `step` tokens: the first `n` operands are given by token, `fixed` ones in full, and the results after `outs`
-/// become the state of the next part. Returns the first result and the final state.
-fn in_parts(op: &Op, ins: &[Tensor], by_token: impl Fn(usize) -> bool, outs: usize, step: usize) -> Vec<Tensor> {
+/// Run in parts of `step` tokens, the state of one part given to the next: operands that `cut` names are cut by token, the others
+/// given in full. Returns the first result and the final results from `outs` on, which are the state.
+fn in_parts(op: &Op, ins: &[Tensor], cut: impl Fn(usize) -> bool, outs: usize, step: usize) -> Vec<Tensor> {
     let total = ins[0].ty.dims[1];
     let mut ins_now = ins.to_vec();
     let states = op.updates();
@@ -58,10 +73,10 @@ fn in_parts(op: &Op, ins: &[Tensor], by_token: impl Fn(usize) -> bool, outs: usi
     let mut last = vec![];
     for lo in (0..total).step_by(step) {
         let hi = (lo + step).min(total);
-        for (k, whole) in ins.iter().enumerate().filter(|(k, _)| by_token(*k)) {
+        for (k, whole) in ins.iter().enumerate().filter(|(k, _)| cut(*k)) {
             ins_now[k] = tokens(whole, lo, hi);
         }
-        // The last way is an emitter; all ways are compared elsewhere.
+        // All ways are compared elsewhere.
         let (_, results) = all_ways(op.clone(), &ins_now).pop().expect("a way");
         for &(operand, result) in &states {
             ins_now[operand] = results[result].clone();
@@ -70,7 +85,9 @@ fn in_parts(op: &Op, ins: &[Tensor], by_token: impl Fn(usize) -> bool, outs: usi
         last = results[outs..].to_vec();
     }
     let (rows, each) = (ins[0].ty.dims[0], parts[0].ty.dims[2]);
-    let row = |r: usize| parts.iter().flat_map(move |p| p.as_f32()[r * p.ty.dims[1] * each..][..p.ty.dims[1] * each].to_vec());
+    let row = |r: usize| {
+        parts.iter().flat_map(move |p| p.as_f32()[r * p.ty.dims[1] * each..][..p.ty.dims[1] * each].to_vec())
+    };
     let whole = Tensor::f32(&[rows, total, each], (0..rows).flat_map(row).collect());
     std::iter::once(whole).chain(last).collect()
 }
@@ -88,7 +105,8 @@ fn random(ty: &Type, seed: u64) -> Tensor {
 fn gated_delta_rule() {
     for name in ["gated_delta_rule_recurrent", "gated_delta_rule_chunk"] {
         let file = Golden::open(name);
-        let mut ins: Vec<Tensor> = ["q", "k", "v", "g", "beta"].map(|n| by_token(&file.tensor(&format!("in.{n}")))).into();
+        let mut ins: Vec<Tensor> =
+            ["q", "k", "v", "g", "beta"].map(|n| by_token(&file.tensor(&format!("in.{n}")))).into();
         ins.extend([file.tensor("in.pos"), file.tensor("in.S")]);
         let want = [by_token(&file.tensor("out.y")), file.tensor("state.S")];
         for chunk in [0, 1, 5, 16, 32, 64] {
@@ -106,7 +124,8 @@ fn mlstm() {
     let file = Golden::open("mlstm_cell");
     let mut ins: Vec<Tensor> = ["q", "k", "v", "i", "f"].map(|n| by_token(&file.tensor(&format!("in.{n}")))).into();
     ins.extend(["pos", "C", "n", "m"].map(|n| file.tensor(&format!("in.{n}"))));
-    let want = [by_token(&file.tensor("out.y")), file.tensor("state.C"), file.tensor("state.n"), file.tensor("state.m")];
+    let want =
+        [by_token(&file.tensor("out.y")), file.tensor("state.C"), file.tensor("state.n"), file.tensor("state.m")];
     for chunk in [0, 1, 5, 16, 32, 64] {
         let op = Op::from(Mlstm { heads: 2, chunk, carry: true });
         compare(&file, &op, &ins, &want.clone().map(Some));
@@ -183,11 +202,8 @@ fn short_conv_continues() {
     for r in 0..2 {
         pos.extend((0..23).map(|t| if t < 9 + r { t } else { t - 9 - r }));
     }
-    let mut ins = vec![
-        random(&Type::f32(&[2, 23, 70]), 1),
-        random(&Type::f32(&[70, 4]), 2),
-        Tensor::i32(&[2, 23], pos),
-    ];
+    let mut ins =
+        vec![random(&Type::f32(&[2, 23, 70]), 1), random(&Type::f32(&[70, 4]), 2), Tensor::i32(&[2, 23], pos)];
     let want = all_ways(whole, &ins);
     // What the state holds in front of a document is ignored.
     ins.push(Tensor::f32(&[2, 3, 70], vec![f32::NAN; 2 * 3 * 70]));

@@ -80,7 +80,7 @@ fn the_inner_loop_of_a_tile_stays_in_registers() {
     let inner = innermost(&text);
     assert_eq!(count(&inner, "vfmadd"), 8, "{}", inner.join("\n"));
     assert_eq!(count(&inner, "rsp"), 0, "{}", inner.join("\n"));
-    assert!(inner.len() <= 24, "{}", inner.join("\n"));
+    assert!(inner.len() <= 36, "{}", inner.join("\n"));
     assert!(!text.contains(" call "), "{text}");
 }
 

@@ -37,7 +37,10 @@ impl OpDef for Combine {
         if shapes && dtypes == [DType::F32, DType::I32, DType::I32, DType::F32] {
             return Ok(vec![Type::f32(&[index.dims[0], index.dims[1], ys.cols()])]);
         }
-        let why = format!("wants ys [N, d], slot i32 [N], index i32 and weight [R, T, {}], found {ys} {slot} {index} {weight}", self.k);
+        let why = format!(
+            "wants ys [N, d], slot i32 [N], index i32 and weight [R, T, {}], found {ys} {slot} {index} {weight}",
+            self.k
+        );
         Err(InferError::new(Self::NAME, why))
     }
 
@@ -81,9 +84,12 @@ impl OpDef for Combine {
             cx.store(from, &rank, Expr::load(slot, &first + j));
             cx.store(factor, &rank, Expr::load(weight, &first + j));
         }
-        let terms: Vec<(Expr, Expr)> = (0..k)
-            .map(|j| (cx.bind(Expr::load(from, j).min(i32c((rows * k) as i32 - 1)).max(i32c(0)).cast(Ty::I64) * d), cx.bind(Expr::load(factor, j))))
-            .collect();
+        let last = i32c((rows * k) as i32 - 1);
+        let mut terms = vec![];
+        for j in 0..k {
+            let row = Expr::load(from, j).min(last.clone()).max(i32c(0)).cast(Ty::I64);
+            terms.push((cx.bind(row * d), cx.bind(Expr::load(factor, j))));
+        }
         cx.lanes(0, d, 2, |cx, col| {
             let sum = terms.iter().fold(f32c(0.0), |sum, (row, w)| sum + Expr::load(ys, row + &col) * w);
             cx.push(&token, &col, &[(0, sum)]);

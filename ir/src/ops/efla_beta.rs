@@ -78,9 +78,8 @@ impl OpDef for EflaBeta {
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
-        let of = |heads, (r, t, k)| {
-            (EflaBeta { heads }, vec![Type::f32(&[r, t, heads * k]), Type::f32(&[r, t, heads])])
-        };
+        let of =
+            |heads, (r, t, k)| (EflaBeta { heads }, vec![Type::f32(&[r, t, heads * k]), Type::f32(&[r, t, heads])]);
         vec![of(2, (2, 3, 5)), of(3, (1, 1, 24)), of(1, (4, 1, 1))]
     }
 

@@ -74,11 +74,8 @@ impl OpDef for LowRankGrad {
                 });
             }
         });
-        let rows: Extent = if m % TILE == 0 {
-            TILE.into()
-        } else {
-            cx.bind((Expr::from(m) - &row0).min(Expr::from(TILE))).into()
-        };
+        let rows: Extent =
+            if m % TILE == 0 { TILE.into() } else { cx.bind((Expr::from(m) - &row0).min(Expr::from(TILE))).into() };
         let left = |_: &mut Lower<'_>, i: &Expr, k: &Expr| Expr::load(a, (k / r * m + (&row0 + i)) * r + k % r);
         let right = |_: &mut Lower<'_>, k: &Expr, j: &Expr| Expr::load(staged, k * TILE + j);
         let product =

@@ -33,7 +33,7 @@ pub(super) fn batch_rows(x: &Type, gathered: Option<(usize, usize)>, order: Opti
         (Some((k, tokens)), Some(order)) => {
             let slots = order.to_i64();
             slots.iter().map(|&o| o.clamp(0, slots.len() as i64 - 1) as usize / k / tokens).collect()
-        },
+        }
         _ => (0..x.rows()).map(|row| row / x.dims[1]).collect(),
     }
 }

@@ -3,8 +3,8 @@
 use super::{
     Accuracy, Flops, InferError, OpDef,
     heads::{
-        BLOCK, NEG, chains, chunks, clear, expect, operands, row_blocks, sample_between, sample_positions, sample_state,
-        split,
+        BLOCK, NEG, chains, chunks, clear, expect, operands, row_blocks, sample_between, sample_positions,
+        sample_state, split,
     },
 };
 use crate::{

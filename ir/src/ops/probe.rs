@@ -3,11 +3,7 @@
 //! Both signs of one direction use the same numbers; the probe never touches the stored tensor.
 
 use super::{Axis, Flops, InferError, OpDef, VjpCx};
-use crate::{
-    DType, Tensor, Type, Value,
-    loops::Expr,
-    lower::Lower,
-};
+use crate::{DType, Tensor, Type, Value, loops::Expr, lower::Lower};
 
 /// `(w [s...], z [M, s...], eps [1]) -> [2 M, s...]`: group `p < M` is `w + eps z[p]`, group `p >= M` is `w - eps z[p - M]`; the product and
 /// the sum round once each. Sections 13.1 and 13.4 of the semantics.
@@ -69,9 +65,8 @@ impl OpDef for Probe {
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
-        let of = |m: usize, s: &[usize]| {
-            (Probe {}, vec![Type::f32(s), Type::f32(&[&[m], s].concat()), Type::f32(&[1])])
-        };
+        let of =
+            |m: usize, s: &[usize]| (Probe {}, vec![Type::f32(s), Type::f32(&[&[m], s].concat()), Type::f32(&[1])]);
         vec![of(1, &[7]), of(3, &[2, 9]), of(2, &[3, 1, 4])]
     }
 

@@ -120,8 +120,14 @@ fn element(dist: Distribution, words: [u32; 4], i: usize) -> f32 {
 }
 
 impl Random {
+    /// Elements of one member.
     fn numel(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    fn result(&self) -> Type {
+        let lead = if self.members == 0 { vec![] } else { vec![self.members] };
+        Type::new(self.dtype, &[lead, self.shape.clone()].concat())
     }
 }
 
@@ -141,8 +147,7 @@ impl OpDef for Random {
             let why = format!("{:?} cannot be stored as {}, use f32", self.dist, self.dtype.name());
             return Err(InferError::new(Self::NAME, why));
         }
-        let lead = if self.members == 0 { vec![] } else { vec![self.members] };
-        Ok(vec![Type::new(self.dtype, &[lead, self.shape.clone()].concat())])
+        Ok(vec![self.result()])
     }
 
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {
@@ -158,13 +163,9 @@ impl OpDef for Random {
                 out.extend((0..left).map(|i| element(self.dist, words, i)));
             }
         }
-        let ty = self.infer(&ins.iter().map(|t| t.ty.clone()).collect::<Vec<_>>()).expect("operands were checked").remove(0);
-        let data = if self.dtype == DType::I8 {
-            Data::I8(out.into_iter().map(|x| x as i8).collect())
-        } else {
-            Data::F32(out)
-        };
-        vec![Tensor { ty, data }]
+        let data =
+            if self.dtype == DType::I8 { Data::I8(out.into_iter().map(|x| x as i8).collect()) } else { Data::F32(out) };
+        vec![Tensor { ty: self.result(), data }]
     }
 
     fn vjp(&self, _: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
@@ -211,7 +212,13 @@ impl OpDef for Random {
     }
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
-        let op = |dist, shape: &[usize], dtype| Random { dist, stream: "x".into(), shape: shape.to_vec(), members: 0, dtype };
+        let op = |dist, shape: &[usize], dtype| Random {
+            dist,
+            stream: "x".into(),
+            shape: shape.to_vec(),
+            members: 0,
+            dtype,
+        };
         let ins = || vec![Type::i32(&[2]), Type::i32(&[1]), Type::i32(&[1])];
         vec![
             (op(Distribution::Gaussian, &[4], DType::I8), ins()),

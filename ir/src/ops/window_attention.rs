@@ -7,7 +7,7 @@ use super::{
     heads::{expect, expect_weight, operands, sample_positions, split},
 };
 use crate::{
-    Data, DType, Tensor, Type,
+    DType, Data, Tensor, Type,
     loops::{Buf, Expr, Ty, i32c},
     lower::Lower,
 };
@@ -100,7 +100,8 @@ impl OpDef for WindowAttention {
             true => ins[STATE + 2].to_i64()[r * self.heads + h].max(0) as usize,
             false => 0,
         };
-        for (r, t, h) in (0..rows).flat_map(|r| (0..tokens).flat_map(move |t| (0..self.heads).map(move |h| (r, t, h)))) {
+        for (r, t, h) in (0..rows).flat_map(|r| (0..tokens).flat_map(move |t| (0..self.heads).map(move |h| (r, t, h))))
+        {
             let row = r * tokens + t;
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
             let q = part(at.q, row, h);
@@ -129,7 +130,9 @@ impl OpDef for WindowAttention {
         let mut results = vec![Tensor::f32(&ins[0].ty.dims, out)];
         if self.cached() {
             let mut caches = [ins[STATE].as_f32().to_vec(), ins[STATE + 1].as_f32().to_vec()];
-            for (r, t, h) in (0..rows).flat_map(|r| (0..tokens).flat_map(move |t| (0..self.heads).map(move |h| (r, t, h)))) {
+            for (r, t, h) in
+                (0..rows).flat_map(|r| (0..tokens).flat_map(move |t| (0..self.heads).map(move |h| (r, t, h))))
+            {
                 let slot = r * window + (before(r, h) + t) % window;
                 for (cache, from) in caches.iter_mut().zip([at.kr, at.v]) {
                     cache[slot * d + h * k_n..][..k_n].copy_from_slice(part(from, r * tokens + t, h));

@@ -29,7 +29,7 @@ impl Lower<'_, '_> {
     fn load_at(&mut self, dtype: DType, at: Value, offset: i32) -> Value {
         let ins = self.b.ins();
         match dtype {
-            DType::F32 => ins.load(types::F32, MEM, at, offset),
+            DType::F32 => ins.load(types::F32, MEM.with_readonly().with_can_move(), at, offset),
             DType::F64 => ins.load(types::F64, MEM, at, offset),
             DType::I32 => ins.load(types::I32, MEM, at, offset),
             DType::I8 => ins.sload8(types::I32, MEM, at, offset),
@@ -56,8 +56,8 @@ impl Lower<'_, '_> {
     /// Four neighbours, widened.
     fn load4(&mut self, dtype: DType, at: Value, offset: i32) -> Value {
         match dtype {
-            DType::F32 => self.b.ins().load(types::F32X4, MEM, at, offset),
-            DType::I32 => self.b.ins().load(types::I32X4, MEM, at, offset),
+            DType::F32 => self.b.ins().load(types::F32X4, MEM.with_readonly().with_can_move(), at, offset),
+            DType::I32 => self.b.ins().load(types::I32X4, MEM.with_readonly().with_can_move(), at, offset),
             DType::I16 => {
                 let at = self.offset(at, offset);
                 self.b.ins().sload16x4(MEM, at, 0)

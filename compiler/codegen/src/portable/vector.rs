@@ -91,7 +91,7 @@ impl Lower<'_, '_> {
 
     fn splat_word(&mut self, buf: chimera_ir::loops::Buf, index: &Expr) -> Value {
         let (at, offset) = self.address(buf, index, 4, 0);
-        let x = self.b.ins().load(types::F32, MEM, at, offset);
+        let x = self.b.ins().load(types::F32, MEM.with_readonly().with_can_move(), at, offset);
         let x = self.b.ins().splat(types::F32X4, x);
         self.b.ins().bitcast(types::I32X4, LITTLE, x)
     }

@@ -48,9 +48,7 @@ pub(super) fn lower(op: &Random, cx: &mut Lower<'_>) {
                 [a, b, c, d]
             }
             Distribution::Uniform => words.map(|w| (w.shr(9).cast(Ty::F32) + f32c(0.5)) * f32c(TWO_POW_MINUS_23)),
-            Distribution::TernaryUniform => {
-                words.map(|w| (Expr::bin(Bin::MulHi, w, i32c(3)) - i32c(1)).cast(Ty::F32))
-            }
+            Distribution::TernaryUniform => words.map(|w| (Expr::bin(Bin::MulHi, w, i32c(3)) - i32c(1)).cast(Ty::F32)),
         };
         for (buf, value) in staged.iter().zip(values) {
             cx.store(*buf, &j, value);
@@ -146,5 +144,11 @@ fn box_muller(b: &mut Builder, x0: Expr, x1: Expr) -> [Expr; 2] {
     let (cos, sin) = (b.bind(odd.clone().select(&s, &c)), b.bind(odd.select(&c, &s)));
     let flip_cos = b.bind(((&q + i32c(1)) & i32c(2)).shl(30));
     let flip_sin = b.bind((q & i32c(2)).shl(30));
-    [flip_cos, flip_sin].into_iter().zip([cos, sin]).map(|(flip, x)| b.bind(&r * (x.to_bits() ^ flip).from_bits())).collect::<Vec<_>>().try_into().expect("two values")
+    [flip_cos, flip_sin]
+        .into_iter()
+        .zip([cos, sin])
+        .map(|(flip, x)| b.bind(&r * (x.to_bits() ^ flip).from_bits()))
+        .collect::<Vec<_>>()
+        .try_into()
+        .expect("two values")
 }

@@ -238,9 +238,8 @@ fn bisect(
     depth: usize,
     threshold: Var,
 ) -> Expr {
-    let at_least = |cx: &mut Lower<'_>, x: &Expr| {
-        cx.sum(0, count, |_, i| x.clone().le(Expr::load(bufs.gain, i)).cast(Ty::I32))
-    };
+    let at_least =
+        |cx: &mut Lower<'_>, x: &Expr| cx.sum(0, count, |_, i| x.clone().le(Expr::load(bufs.gain, i)).cast(Ty::I32));
     let high = cx.local(greatest);
     cx.set(threshold, i32c(1));
     cx.each(0, depth, |cx, _| {
@@ -255,15 +254,7 @@ fn bisect(
 }
 
 /// Flip the candidates above the threshold and the first `ties` at it; returns the sum of their fields as a local.
-fn flip(
-    cx: &mut Lower<'_>,
-    bufs: &Bufs,
-    count: &Expr,
-    threshold: Var,
-    ties: Var,
-    sums: &Sums,
-    stats: bool,
-) -> Var {
+fn flip(cx: &mut Lower<'_>, bufs: &Bufs, count: &Expr, threshold: Var, ties: Var, sums: &Sums, stats: bool) -> Var {
     let gained = cx.local(i32c(0));
     cx.each(0, count, |cx, i| {
         let gain = cx.bind(Expr::load(bufs.gain, &i));

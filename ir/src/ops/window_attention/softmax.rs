@@ -99,9 +99,8 @@ impl Frame {
             let at = at.clone();
             move |_: &mut Lower<'_>, i: &Expr, c: &Expr| Expr::load(x, &at + i * d + c)
         };
-        let put = |to: Expr| {
-            move |cx: &mut Lower<'_>, i: &Expr, x: Expr| cx.store(scores, &to + i, x * f32c(self.scale()))
-        };
+        let put =
+            |to: Expr| move |cx: &mut Lower<'_>, i: &Expr, x: Expr| cx.store(scores, &to + i, x * f32c(self.scale()));
         let zero = || Expr::from(0);
         dots(cx, (zero(), Expr::from(slots)), k, &rows(pk, &p0), &of(q, &at), &put(zero()));
         let (pieces, seen) = if self.window > 0 {
@@ -198,7 +197,8 @@ impl Frame {
         cx.lanes(0, TILE, 1, |cx, i| cx.store(scores, &last + i, f32c(0.0)));
         cx.each(0, n.clone(), |cx, i| {
             let row = cx.bind(&at + &i * d);
-            let x = cx.reduce(0, k, |_, c| vec![Acc::Dot(Expr::load(q, &row + &c), Expr::load(hn, &row + c))]).remove(0);
+            let x =
+                cx.reduce(0, k, |_, c| vec![Acc::Dot(Expr::load(q, &row + &c), Expr::load(hn, &row + c))]).remove(0);
             cx.store(scores, &last + i, x * f32c(self.scale()));
         });
         self.softmax(cx, scores, part, &last);

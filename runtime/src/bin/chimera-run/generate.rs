@@ -3,7 +3,7 @@
 //! Invariant: stdout carries the new text and nothing else, token by token; with `--json` it carries one object at the end.
 
 use crate::model::{Model, Source};
-use crate::options::{ExecArgs, Failure, ModelOptions};
+use crate::options::{Failure, ModelOptions, RunOptions};
 use crate::session::Interrupt;
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::layers::Depth;
@@ -24,7 +24,7 @@ pub struct Args {
     #[command(flatten)]
     model: ModelOptions,
     #[command(flatten)]
-    exec: ExecArgs,
+    exec: RunOptions,
     /// Weights, for a model that is named by its configuration or plan
     #[arg(long, env = "CHIMERA_WEIGHTS", value_name = "FILE")]
     weights: Option<PathBuf>,
