@@ -3,7 +3,7 @@
 use chimera_codegen::{Allowed, CodegenError, compile, host};
 use chimera_ir::loops::{Kernel, Role, Tensors, interpret, verify};
 use chimera_ir::lower::{Argument, Cluster};
-use chimera_ir::{DType, Data, Tensor};
+use chimera_ir::{DType, Data, Op, Tensor, Type};
 
 /// How a kernel is run.
 #[derive(Clone, Copy, Debug)]
@@ -14,12 +14,7 @@ pub enum Runner<'a> {
     Emitter(&'a str),
 }
 
-/// The names of all emitters that make machine code.
-pub fn machine_emitters() -> Vec<&'static str> {
-    chimera_codegen::emitters().iter().map(|e| e.name()).filter(|&name| name != "interp").collect()
-}
-
-/// The bytes of an element type's vector, aligned to 64 as the runtime aligns buffers.
+/// Memory aligned to 64, as the runtime aligns buffers, filled with ones.
 struct Bytes(Vec<[u64; 8]>);
 
 impl Bytes {
@@ -155,6 +150,23 @@ pub fn run_lowered(
         })
     };
     Ok((0..cluster.outputs.len()).map(|o| Tensor { ty: ty(o), data: args[place(o)].clone() }).collect())
+}
+
+/// The results of `op` by `eval`, by the reference interpreter and by every emitter, each with the name of the way.
+///
+/// # Panics
+/// When the operation refuses the operands, or an emitter its kernel.
+pub fn all_ways(op: impl Into<Op>, ins: &[Tensor]) -> Vec<(&'static str, Vec<Tensor>)> {
+    let (op, refs) = (op.into(), ins.iter().collect::<Vec<_>>());
+    let types: Vec<Type> = ins.iter().map(|t| t.ty.clone()).collect();
+    let cluster = Cluster::single(op.clone(), &types).unwrap_or_else(|e| panic!("{}: {e}", op.text()));
+    let emitters = chimera_codegen::emitters().iter().map(|e| (e.name(), Runner::Emitter(e.name())));
+    let runners = std::iter::once(("the reference", Runner::Reference)).chain(emitters);
+    let run = |(name, runner)| {
+        let results = run_cluster(&cluster, runner, &refs, None);
+        (name, results.unwrap_or_else(|e| panic!("{} by {name}: {e}", op.text())))
+    };
+    std::iter::once(("eval", op.eval(&refs))).chain(runners.map(run)).collect()
 }
 
 /// Contents that no kernel should leave: NaN and -1.

@@ -87,3 +87,15 @@ pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, rtol: f32, atol: f3
         panic!("{what}: {count} of {} elements differ; element {i} is {}, expected {}", got.len(), got[i], want[i]);
     }
 }
+
+/// Compare floats as vectors: `|got - want| <= tolerance |want|` in the Euclidean norm.
+///
+/// # Panics
+/// When they are further apart or the types differ.
+pub fn assert_near(what: &str, got: &Tensor, want: &Tensor, tolerance: f32) {
+    assert_eq!(got.ty, want.ty, "{what}");
+    let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    let size = norm(&mut want.as_f32().iter().copied());
+    let distance = norm(&mut got.as_f32().iter().zip(want.as_f32()).map(|(a, b)| a - b));
+    assert!(distance <= f64::from(tolerance) * size, "{what}: the distance is {distance}, the expected vector has length {size}");
+}

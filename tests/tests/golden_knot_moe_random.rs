@@ -262,8 +262,8 @@ fn knot_sketch_and_relaxation() {
         let got = knot(false).relax(&a[(r + 1) * BITS..][..BITS], rho[r + 1], &of(&m), &of(&bound));
         assert_eq!((got.start, got.end), (of(&s0), of(&s)), "row {r}");
         assert_eq!(got.flips as i64, flips[r], "row {r}");
-        for k in 0..2 {
-            let (got, want) = (got.energy[k], energies[k][r]);
+        for (got, want) in got.energy.iter().zip(&energies) {
+            let want = want[r];
             assert!((got - want).abs() <= 1e-9, "row {r}: energy {got}, expected {want}");
         }
     }
@@ -312,7 +312,7 @@ fn knot_from_state_to_state() {
             let flipped: Vec<i32> = of(&s).iter().zip(of(&s0)).map(|(s, s0)| s - s0).collect();
             for (j, got) in outs[0].as_f32().iter().enumerate() {
                 // Column j of a Hadamard matrix has the sign of the parity of the common bits.
-                let entry = |b: usize| if (b % p & j).count_ones() % 2 == 0 { 1 } else { -1 };
+                let entry = |b: usize| if ((b % p) & j).count_ones().is_multiple_of(2) { 1 } else { -1 };
                 let sum: i32 = (0..BITS).map(|b| flipped[b] * entry(b) * signs[b / p * p + j]).sum();
                 let want = sum as f32 / ((p * BITS) as f32).sqrt();
                 assert!((got - want).abs() <= 1e-6 * want.abs(), "{way}: row {r}, column {j}: {got}, expected {want}");

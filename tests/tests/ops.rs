@@ -270,6 +270,7 @@ fn fusion_changes_nothing() {
 
 #[test]
 fn gradients_agree_with_differences() {
+    let (mut checked, mut bent) = (0, 0);
     for s in samples() {
         let outs = s.op.infer(&s.types).expect("checked above");
         if outs.iter().chain(&s.types).all(|t| t.dtype != DType::F32) || outs[0].dtype != DType::F32 {
@@ -293,20 +294,29 @@ fn gradients_agree_with_differences() {
             let (Some(grad), true) = (grads[v.0 as usize], s.types[k].dtype == DType::F32) else { continue };
             let grad = results[grad.0 as usize].as_f32();
             for i in (0..grad.len()).step_by(grad.len().div_ceil(5)) {
-                let eps = 1e-2f32;
-                let at = |delta: f32| {
-                    let mut ins = s.ins.clone();
-                    let Data::F32(x) = &mut ins[k].data else { unreachable!("a float operand") };
-                    x[i] += delta;
-                    objective(&ins)
+                let slope = |eps: f32| {
+                    let at = |delta: f32| {
+                        let mut ins = s.ins.clone();
+                        let Data::F32(x) = &mut ins[k].data else { unreachable!("a float operand") };
+                        x[i] += delta;
+                        objective(&ins)
+                    };
+                    (at(eps) - at(-eps)) / (2.0 * f64::from(eps))
                 };
-                let slope = (at(eps) - at(-eps)) / (2.0 * f64::from(eps));
-                let gap = (slope - f64::from(grad[i])).abs();
+                let (wide, slope) = (slope(1e-2), slope(5e-3));
                 let bound = 2e-2 * slope.abs().max(1.0);
+                // Differences say nothing where the function bends within a step, as near a pole.
+                if (wide - slope).abs() > bound / 2.0 {
+                    bent += 1;
+                    continue;
+                }
+                checked += 1;
+                let gap = (slope - f64::from(grad[i])).abs();
                 assert!(gap <= bound, "{}: d operand {k}[{i}] is {}, expected {slope}", s.name, grad[i]);
             }
         }
     }
+    assert!(checked > 20 * bent && checked > 100, "{checked} derivatives checked, {bent} not");
 }
 
 /// All values of a graph of inputs, literals and operations.

@@ -294,6 +294,34 @@ fn tiled_products() {
 }
 
 #[test]
+fn tight_loops_over_memory_that_changes() {
+    for n in [1, 2, 3, 4, 7] {
+        let mut b = Builder::new(format!("recurrence {n}"));
+        let q = b.buf("q", DType::F32, 6 * n, Role::In);
+        let s = b.scratch("state", DType::F32, n * 20);
+        let z = b.buf("z", DType::F32, 6 * 20, Role::InOut);
+        b.lanes(0, n * 20, 2, |b, i| b.store(s, &i, f32c(0.25)));
+        b.each(0, 6, |b, t| {
+            for unroll in [1, 2] {
+                b.lanes(0, 20, unroll, |b, j| {
+                    let sum = b.local(Expr::load(z, &t * 20 + &j));
+                    let last = b.local(f32c(0.0));
+                    let m = if unroll == 1 { int(n) } else { &t % n + 1 };
+                    b.each(0, m, |b, k| {
+                        let v = b.bind(Expr::load(s, &k * 20 + &j));
+                        b.set(sum, Expr::load(q, &t * n + &k).fma(&v, sum));
+                        b.set(last, v);
+                    });
+                    b.each(0, n, |b, k| b.store(s, &k * 20 + &j, Expr::from(sum) * f32c(0.5)));
+                    b.store(z, &t * 20 + &j, Expr::from(sum) + last);
+                });
+            }
+        });
+        check(&b.finish());
+    }
+}
+
+#[test]
 fn locals_that_outlive_their_loop_block() {
     let mut b = Builder::new("scopes");
     let x = b.buf("x", DType::F32, 64, Role::In);

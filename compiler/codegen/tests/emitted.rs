@@ -74,13 +74,14 @@ fn code_is_a_function_of_kernel_and_target() {
     }
 }
 
+/// Two steps of a tile of four rows and two vectors.
 #[test]
 fn the_inner_loop_of_a_tile_stays_in_registers() {
     let text = disassemble(&product(8, 64, 64), &target("x86-64-v3")).unwrap();
     let inner = innermost(&text);
-    assert_eq!(count(&inner, "vfmadd"), 8, "{}", inner.join("\n"));
+    assert_eq!(count(&inner, "vfmadd"), 2 * 8, "{}", inner.join("\n"));
     assert_eq!(count(&inner, "rsp"), 0, "{}", inner.join("\n"));
-    assert!(inner.len() <= 36, "{}", inner.join("\n"));
+    assert!(inner.len() <= 64, "{}", inner.join("\n"));
     assert!(!text.contains(" call "), "{text}");
 }
 

@@ -85,7 +85,7 @@ const LN_SPLIT: f32 = std::f32::consts::SQRT_2;
 const LN_2: f32 = std::f32::consts::LN_2;
 const LN: [f32; 4] = [0.222_222_22, 0.285_714_3, 0.4, 0.666_666_7];
 const QUARTER_TURN: f32 = std::f32::consts::FRAC_PI_2;
-const SIN: [f32; 4] = [2.755_731_9e-6, -1.984_127e-4, 8.333_333_3e-3, -1.666_666_7e-1];
+const SIN: [f32; 4] = [2.755_731_9e-6, -1.984_127e-4, 8.333_333e-3, -1.666_666_7e-1];
 const COS: [f32; 5] = [2.480_158_8e-5, -1.388_888_9e-3, 4.166_666_7e-2, -0.5, 1.0];
 
 /// Two standard normal values of two words.

@@ -35,7 +35,7 @@ impl OpDef for Rope {
         let rotated = |i: usize| {
             let at = i / (2 * half * self.heads) * half + i % half;
             let (c, s) = (cos[at], sin[at]);
-            if i / half % 2 == 0 { x[i] * c - x[i + half] * s } else { x[i] * c + x[i - half] * s }
+            if (i / half).is_multiple_of(2) { x[i] * c - x[i + half] * s } else { x[i] * c + x[i - half] * s }
         };
         vec![Tensor::f32(&ins[0].ty.dims, (0..x.len()).map(rotated).collect())]
     }

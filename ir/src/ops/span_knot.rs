@@ -197,15 +197,15 @@ impl OpDef for SpanKnot {
         let (mut delta, mut stats) = (vec![], vec![]);
         for r in 0..rows {
             let c = &mut counters[r * n..][..n];
-            for row in r * tokens..(r + 1) * tokens {
-                let first = pos[row] == 0;
+            for (t, pos) in pos[r * tokens..][..tokens].iter().enumerate() {
+                let (row, first) = (r * tokens + t, *pos == 0);
                 if first {
                     c.fill(0);
                 }
                 let (a, rho) = self.sketch(&ins[0].as_f32()[row * d..][..d], &signs);
                 let (filler, _) = self.sketch(&ins[1].as_f32()[row * d..][..d], &signs);
                 let m: Vec<i32> = c.iter().map(|&c| if first { 0 } else { sign(c) }).collect();
-                let turn = pos[row].rem_euclid(ROTATION as i32) as usize;
+                let turn = pos.rem_euclid(ROTATION as i32) as usize;
                 let bound: Vec<i32> = (0..n).map(|b| role[(b + n - turn) % n] * sign(filler[b])).collect();
                 let relaxed = self.relax(&a, rho, &m, &bound);
                 c.iter_mut().zip(&relaxed.end).for_each(|(c, s)| *c = *c - (*c >> 6) + 256 * s);

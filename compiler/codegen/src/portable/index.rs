@@ -3,8 +3,9 @@
 //! Terms are added outermost loop first: the partial sums of outer terms are loop invariant and move out.
 
 use chimera_ir::loops::{Bin, Buf, Expr, Un, Var};
-use cranelift_codegen::ir::{InstBuilder, Value, types};
+use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Value, types};
 
+use super::memory::MEM;
 use super::stmt::{Lower, Slot};
 
 /// `konst + sum of coefficient * atom`, modulo 2^64.
@@ -26,6 +27,11 @@ pub(super) enum Atom {
 impl Linear {
     fn atom(atom: Atom) -> Linear {
         Linear { konst: 0, terms: vec![(1, atom)] }
+    }
+
+    /// A variable and a constant.
+    pub(super) fn further(v: Var, konst: i64) -> Linear {
+        Linear { konst, terms: vec![(1, Atom::Var(v))] }
     }
 
     fn plus(mut self, other: Linear) -> Linear {
@@ -159,15 +165,35 @@ impl Lower<'_, '_> {
         }
     }
 
-    /// The address of element `index` of `unit` bytes: a base and an offset with room for `reach` more bytes in both directions.
-    pub(super) fn address(&mut self, buf: Buf, index: &Expr, unit: i64, reach: i64) -> (Value, i32) {
+    /// The address of element `index` of `unit` bytes, with room for `reach` more bytes in both directions.
+    pub(super) fn address(&mut self, buf: Buf, index: &Expr, unit: i64, reach: i64) -> Address {
         let l = self.linear(index).times(unit);
+        let moves = |(_, a): &(i64, Atom)| matches!(a, Atom::Var(v) if self.tight == Some(*v));
+        let flags = if l.terms.iter().any(moves) { MEM.with_readonly().with_can_move() } else { MEM };
         let base = self.bases[buf.0 as usize];
         let at = self.terms(Some(base), &l).unwrap_or(base);
         let fits = |x: i64| i32::try_from(x).is_ok();
         match i32::try_from(l.konst) {
-            Ok(offset) if fits(l.konst.saturating_add(reach)) && fits(l.konst.saturating_sub(reach)) => (at, offset),
-            _ => (self.b.ins().iadd_imm_s(at, l.konst), 0),
+            Ok(offset) if fits(l.konst.saturating_add(reach)) && fits(l.konst.saturating_sub(reach)) => {
+                Address { at, offset, flags }
+            }
+            _ => Address { at: self.b.ins().iadd_imm_s(at, l.konst), offset: 0, flags },
         }
+    }
+}
+
+/// A place in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Address {
+    pub(super) at: Value,
+    pub(super) offset: i32,
+    /// How a load from it may be placed.
+    pub(super) flags: MemFlagsData,
+}
+
+impl Address {
+    /// So many bytes further.
+    pub(super) fn plus(self, bytes: i32) -> Address {
+        Address { offset: self.offset + bytes, ..self }
     }
 }

@@ -6,6 +6,7 @@ use chimera_ir::DType;
 use chimera_ir::loops::{Buf, Expr, Ty};
 use cranelift_codegen::ir::{ConstantData, Endianness, InstBuilder, MemFlagsData, Value, types};
 
+use super::index::Address;
 use super::shape::Shape;
 use super::stmt::Lower;
 
@@ -22,28 +23,28 @@ impl Lower<'_, '_> {
     /// One element.
     pub(super) fn load(&mut self, buf: Buf, index: &Expr) -> Value {
         let dtype = self.dtype(buf);
-        let (at, offset) = self.address(buf, index, dtype.size() as i64, 0);
-        self.load_at(dtype, at, offset)
+        let a = self.address(buf, index, dtype.size() as i64, 0);
+        self.load_at(dtype, a)
     }
 
-    fn load_at(&mut self, dtype: DType, at: Value, offset: i32) -> Value {
+    fn load_at(&mut self, dtype: DType, Address { at, offset, flags }: Address) -> Value {
         let ins = self.b.ins();
         match dtype {
-            DType::F32 => ins.load(types::F32, MEM.with_readonly().with_can_move(), at, offset),
-            DType::F64 => ins.load(types::F64, MEM, at, offset),
-            DType::I32 => ins.load(types::I32, MEM, at, offset),
-            DType::I8 => ins.sload8(types::I32, MEM, at, offset),
-            DType::U8 => ins.uload8(types::I32, MEM, at, offset),
-            DType::I16 => ins.sload16(types::I32, MEM, at, offset),
+            DType::F32 => ins.load(types::F32, flags, at, offset),
+            DType::F64 => ins.load(types::F64, flags, at, offset),
+            DType::I32 => ins.load(types::I32, flags, at, offset),
+            DType::I8 => ins.sload8(types::I32, flags, at, offset),
+            DType::U8 => ins.uload8(types::I32, flags, at, offset),
+            DType::I16 => ins.sload16(types::I32, flags, at, offset),
             DType::BF16 => {
-                let x = ins.uload16(types::I32, MEM, at, offset);
+                let x = ins.uload16(types::I32, flags, at, offset);
                 let x = self.b.ins().ishl_imm_u(x, 16);
                 self.b.ins().bitcast(types::F32, LITTLE, x)
             }
         }
     }
 
-    fn store_at(&mut self, dtype: DType, x: Value, at: Value, offset: i32) {
+    fn store_at(&mut self, dtype: DType, x: Value, Address { at, offset, .. }: Address) {
         let ins = self.b.ins();
         match dtype {
             DType::F32 | DType::F64 | DType::I32 => ins.store(MEM, x, at, offset),
@@ -54,22 +55,22 @@ impl Lower<'_, '_> {
     }
 
     /// Four neighbours, widened.
-    fn load4(&mut self, dtype: DType, at: Value, offset: i32) -> Value {
+    fn load4(&mut self, dtype: DType, Address { at, offset, flags }: Address) -> Value {
         match dtype {
-            DType::F32 => self.b.ins().load(types::F32X4, MEM.with_readonly().with_can_move(), at, offset),
-            DType::I32 => self.b.ins().load(types::I32X4, MEM.with_readonly().with_can_move(), at, offset),
+            DType::F32 => self.b.ins().load(types::F32X4, flags, at, offset),
+            DType::I32 => self.b.ins().load(types::I32X4, flags, at, offset),
             DType::I16 => {
                 let at = self.offset(at, offset);
-                self.b.ins().sload16x4(MEM, at, 0)
+                self.b.ins().sload16x4(flags, at, 0)
             }
             DType::BF16 => {
                 let at = self.offset(at, offset);
-                let x = self.b.ins().uload16x4(MEM, at, 0);
+                let x = self.b.ins().uload16x4(flags, at, 0);
                 let x = self.b.ins().ishl_imm_u(x, 16);
                 self.b.ins().bitcast(types::F32X4, LITTLE, x)
             }
             DType::I8 | DType::U8 => {
-                let x = self.b.ins().load(types::F32, MEM, at, offset);
+                let x = self.b.ins().load(types::F32, flags, at, offset);
                 let x = self.b.ins().scalar_to_vector(types::F32X4, x);
                 let x = self.b.ins().bitcast(types::I8X16, LITTLE, x);
                 if dtype == DType::I8 {
@@ -90,7 +91,7 @@ impl Lower<'_, '_> {
     }
 
     /// Four neighbours, narrowed by wrapping.
-    fn store4(&mut self, dtype: DType, x: Value, at: Value, offset: i32) {
+    fn store4(&mut self, dtype: DType, x: Value, Address { at, offset, .. }: Address) {
         match dtype {
             DType::F32 | DType::I32 => {
                 self.b.ins().store(MEM, x, at, offset);
@@ -129,13 +130,13 @@ impl Lower<'_, '_> {
         let Some(step) = self.step(stride, unit) else {
             return self.lanewise(ty, |lower| lower.load(buf, index));
         };
-        let (at, offset) = self.address(buf, index, unit, self.reach(step));
-        let group = |g: usize| offset + 4 * g as i32 * step;
+        let first = self.address(buf, index, unit, self.reach(step));
+        let group = |g: usize| first.plus(4 * g as i32 * step);
         if stride == 1 {
-            return (0..groups).map(|g| self.load4(dtype, at, group(g))).collect();
+            return (0..groups).map(|g| self.load4(dtype, group(g))).collect();
         }
         let mut load = |g: usize| {
-            let xs = [0, 1, 2, 3].map(|l| self.load_at(dtype, at, group(g) + l * step));
+            let xs = [0, 1, 2, 3].map(|l| self.load_at(dtype, group(g).plus(l * step)));
             self.pack(ty, xs)
         };
         (0..groups).map(&mut load).collect()
@@ -144,15 +145,15 @@ impl Lower<'_, '_> {
     /// Words for all lanes; the index differs between them.
     pub(super) fn gather_words(&mut self, buf: Buf, index: &Expr) -> Vec<Value> {
         let word = |lower: &mut Self| {
-            let (at, offset) = lower.address(buf, index, 4, 0);
-            lower.load_at(DType::I32, at, offset)
+            let a = lower.address(buf, index, 4, 0);
+            lower.load_at(DType::I32, a)
         };
         if self.shape(index) != Shape::Affine(1) {
             return self.lanewise(Ty::I32, word);
         }
-        let (at, offset) = self.address(buf, index, 4, self.reach(4));
+        let first = self.address(buf, index, 4, self.reach(4));
         let groups = self.width() as i32 / 4;
-        (0..groups).map(|g| self.load4(DType::I32, at, offset + 16 * g)).collect()
+        (0..groups).map(|g| self.load4(DType::I32, first.plus(16 * g))).collect()
     }
 
     /// Store in all lanes.
@@ -173,23 +174,23 @@ impl Lower<'_, '_> {
             let xs = self.vector(x);
             match step {
                 Some(step) => {
-                    let (at, offset) = self.address(buf, index, unit, self.reach(step));
+                    let first = self.address(buf, index, unit, self.reach(step));
                     for (g, x) in xs.into_iter().enumerate() {
-                        let offset = offset + 4 * g as i32 * step;
+                        let group = first.plus(4 * g as i32 * step);
                         if shape == Shape::Affine(1) {
-                            self.store4(dtype, x, at, offset);
+                            self.store4(dtype, x, group);
                             continue;
                         }
                         for l in 0..4 {
                             let x = self.b.ins().extractlane(x, l as u8);
-                            self.store_at(dtype, x, at, offset + l * step);
+                            self.store_at(dtype, x, group.plus(l * step));
                         }
                     }
                 }
                 None => self.each_lane(|lower, l| {
                     let x = lower.b.ins().extractlane(xs[l / 4], (l % 4) as u8);
-                    let (at, offset) = lower.address(buf, index, unit, 0);
-                    lower.store_at(dtype, x, at, offset);
+                    let a = lower.address(buf, index, unit, 0);
+                    lower.store_at(dtype, x, a);
                 }),
             }
         } else {
@@ -201,8 +202,8 @@ impl Lower<'_, '_> {
     pub(super) fn store(&mut self, buf: Buf, index: &Expr, x: &Expr) {
         let dtype = self.dtype(buf);
         let x = self.scalar(x);
-        let (at, offset) = self.address(buf, index, dtype.size() as i64, 0);
-        self.store_at(dtype, x, at, offset);
+        let a = self.address(buf, index, dtype.size() as i64, 0);
+        self.store_at(dtype, x, a);
     }
 
     /// Bytes from lane to lane, if offsets within the group fit an instruction.

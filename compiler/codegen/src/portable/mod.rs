@@ -7,6 +7,7 @@ mod lanes;
 mod memory;
 mod reduce;
 mod scalar;
+mod sequence;
 mod shape;
 mod stmt;
 mod vector;

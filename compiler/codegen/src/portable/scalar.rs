@@ -63,11 +63,15 @@ impl Lower<'_, '_> {
             Expr::F64(x) => self.b.ins().f64const(*x),
             Expr::I32(x) => self.b.ins().iconst(types::I32, i64::from(*x as u32)),
             Expr::Int(x) => self.b.ins().iconst(types::I64, *x),
+            Expr::Var(v) if self.forms[v.0 as usize].is_some() => {
+                let l = self.linear(e);
+                self.sum(&l)
+            }
             Expr::Var(v) => self.variable(*v),
             Expr::Load(b, i) => self.load(*b, i),
             Expr::Word(b, i) => {
-                let (at, offset) = self.address(*b, i, 4, 0);
-                self.b.ins().load(types::I32, super::memory::MEM, at, offset)
+                let a = self.address(*b, i, 4, 0);
+                self.b.ins().load(types::I32, a.flags, a.at, a.offset)
             }
             Expr::Un(op, a) => {
                 let ty = self.kernel.ty(a);

@@ -50,6 +50,8 @@ pub(super) struct Lower<'k, 'b> {
     /// The lane in which scalars are evaluated.
     pub(super) lane: usize,
     pub(super) stripes: Vec<StackSlot>,
+    /// The variable of the tight loop that is being built, see [`Lower::sequence`].
+    pub(super) tight: Option<Var>,
 }
 
 /// A place on the way of a loop: a literal, or a value.
@@ -89,6 +91,7 @@ pub(super) fn lower(kernel: &Kernel, target: &Target, mut b: FunctionBuilder<'_>
         lanes: None,
         lane: 0,
         stripes: vec![],
+        tight: None,
     };
     let grid = lower.declare(GRID);
     lower.facts[GRID.0 as usize] = Fact::INDEX;
@@ -155,7 +158,7 @@ impl Lower<'_, '_> {
                 self.facts[var.0 as usize] = Fact::counting(Fact::of(lo, &self.facts), *step);
                 let (lo, hi) = (self.bound(lo), self.bound(hi));
                 self.start(*var, lo);
-                self.counted(*var, lo, hi, trips, *step, &mut |lower| lower.block(body));
+                self.sequence(*var, (lo, hi), trips, *step, body);
             }
             Stmt::If(c, a, b) => self.branch(c, a, b),
             Stmt::Reduce { var, lo, hi, body, accs } => self.reduce(*var, lo, hi, body, accs),

@@ -7,7 +7,7 @@ use chimera_ir::loops::{Bin, Cmp, Expr, Ty, Un};
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Type, Value, types};
 
-use super::memory::{LITTLE, MEM};
+use super::memory::LITTLE;
 use super::scalar::{float_cc, int_cc};
 use super::shape::Shape;
 use super::stmt::{Lower, Slot};
@@ -90,8 +90,8 @@ impl Lower<'_, '_> {
     }
 
     fn splat_word(&mut self, buf: chimera_ir::loops::Buf, index: &Expr) -> Value {
-        let (at, offset) = self.address(buf, index, 4, 0);
-        let x = self.b.ins().load(types::F32, MEM.with_readonly().with_can_move(), at, offset);
+        let a = self.address(buf, index, 4, 0);
+        let x = self.b.ins().load(types::F32, a.flags, a.at, a.offset);
         let x = self.b.ins().splat(types::F32X4, x);
         self.b.ins().bitcast(types::I32X4, LITTLE, x)
     }

@@ -1,0 +1,91 @@
+//! `chimera-benches kernels|model`: measures this machine, the generated kernels and the entry points of plans, and checks answers.
+//!
+//! A wrong answer ends the run with an error; there is no figure without a check.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a command line program")]
+
+mod kernels;
+mod machine;
+mod measure;
+mod model;
+mod peaks;
+mod row;
+mod single;
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use chimera_runtime::affinity::available_threads;
+use clap::{Parser, ValueEnum};
+
+/// Measures peaks, kernels and models; the table goes to stdout, progress to stderr.
+#[derive(Debug, Parser)]
+#[command(name = "chimera-benches", version)]
+struct Args {
+    /// What to measure
+    suite: Suite,
+    /// End within a minute on a small machine: fewer and shorter bursts
+    #[arg(long)]
+    quick: bool,
+    /// Threads that execute; all that may run at once when absent
+    #[arg(long, env = "CHIMERA_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Write the rows as a JSON list
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the rows with machine and command into the folder of records
+    #[arg(long)]
+    record: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Suite {
+    /// Single operations: products, recurrences, loss, quantisation, random numbers
+    Kernels,
+    /// Entry points of whole models: loss, dual forward, update, prompt, decoding
+    Model,
+}
+
+/// Lines of progress come no faster than this where stderr is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Shows what is going on: one line that is overwritten on a terminal, else a line now and then.
+fn progress() -> impl FnMut(&str) {
+    let terminal = std::io::stderr().is_terminal();
+    let mut last: Option<Instant> = None;
+    move |what| {
+        if terminal {
+            eprint!("\r\x1b[K{what}");
+        } else if last.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            eprintln!("{what}");
+            last = Some(Instant::now());
+        }
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let threads = args.threads.map_or_else(available_threads, usize::from);
+    let mut show = progress();
+    let (name, rows) = match args.suite {
+        Suite::Kernels => ("kernels", kernels::run(threads, args.quick, &mut show)?),
+        Suite::Model => ("model", model::run(threads, args.quick, &mut show)?),
+    };
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
+    if let Some(path) = &args.json {
+        std::fs::write(path, row::json(&rows)?).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if args.record {
+        let quick = if args.quick { " --quick" } else { "" };
+        let command = format!("cargo run --release -p chimera-benches -- {name}{quick} --threads {threads} --record");
+        eprintln!("recorded in {}", row::record(name, threads, &command, &rows)?.display());
+    }
+    match write!(std::io::stdout().lock(), "{}", row::table(&rows)) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write the table"),
+    }
+}

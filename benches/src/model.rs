@@ -1,0 +1,273 @@
+//! Entry points of the plans of whole models, and what it takes to get there.
+//!
+//! Before it is timed, every entry point has given the same bits with one thread and with several.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use chimera_codegen::{Allowed, host};
+use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_frontends::config::{Overrides, Scale, preset};
+use chimera_ir::DType;
+use chimera_ir::plan::{Plan, Step, WeightKind};
+use chimera_runtime::exec::{ExecOptions, Executable};
+use chimera_runtime::text::Batch;
+use chimera_runtime::train::{Trainer, init};
+
+use crate::machine;
+use crate::measure::{Case, Effort, measure, median};
+use crate::peaks::{self, DOT4, FMA};
+use crate::row::Row;
+
+/// A model and the shapes of its entry points.
+#[derive(Clone, Copy, Debug)]
+struct Workload {
+    scale: Scale,
+    /// Sequences of a batch.
+    rows: usize,
+    /// Tokens of a sequence, and of a chunk of a prompt.
+    tokens: usize,
+}
+
+const WORKLOADS: [Workload; 2] =
+    [Workload { scale: Scale::Nano, rows: 8, tokens: 128 }, Workload { scale: Scale::Tiny, rows: 8, tokens: 128 }];
+
+const SEED: u64 = 1;
+/// Small, so that the weights stay those of a model that has just begun.
+const LR: f64 = 1e-6;
+/// Tokens that are decoded when answers are compared.
+const DECODED: usize = 3;
+const MIB: f64 = (1u64 << 20) as f64;
+
+fn scheme() -> Scheme {
+    Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 }
+}
+
+/// Milliseconds of each of some runs.
+fn milliseconds<T>(times: usize, mut f: impl FnMut() -> Result<T>) -> Result<(T, f64)> {
+    let mut all = vec![];
+    loop {
+        let start = Instant::now();
+        let result = f()?;
+        all.push(start.elapsed().as_secs_f64() * 1e3);
+        if all.len() >= times {
+            return Ok((result, median(all)));
+        }
+    }
+}
+
+/// A plan, and the rows that its making gave.
+fn plan_of(w: &Workload, times: usize, rows: &mut Vec<Row>) -> Result<(Plan, usize)> {
+    let model = preset(w.scale, &Overrides::default())?.model;
+    let balance = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
+    let rule = UpdateRule { balance, ..UpdateRule::default() };
+    let spec = |kind, rows, tokens| EntrySpec { kind, rows, tokens, depth: None };
+    let entries = vec![
+        spec(EntryKind::Loss, w.rows, w.tokens),
+        spec(EntryKind::DualLoss(scheme()), w.rows, w.tokens),
+        spec(EntryKind::Update(scheme(), rule), w.rows, w.tokens),
+        spec(EntryKind::Prefill, 1, w.tokens),
+        spec(EntryKind::Decode, 1, 1),
+    ];
+    let options = Options { target: host().to_string(), entries, ..Options::default() };
+    let (plan, ms) = milliseconds(times, || Ok(compile(&model, &options)?))?;
+    rows.push(Row::plain(format!("compile.{}", w.scale), ms, "ms", 1));
+    let emit = || Ok(chimera_codegen::compile(&plan.kernels, &host(), &Allowed::all())?);
+    let (module, ms) = milliseconds(times, emit)?;
+    // Emission uses all cores, whatever the number of threads that execute.
+    rows.push(Row::plain(format!("jit.{}", w.scale), ms, "ms", std::thread::available_parallelism().map_or(1, usize::from)));
+    let interpreted = module.kernels.iter().zip(&plan.kernels).find(|(k, _)| k.emitter == "interp");
+    ensure!(interpreted.is_none(), "no emitter of machine code serves {:?}", interpreted.map(|(_, k)| &k.name));
+    Ok((plan, model.vocab_size))
+}
+
+/// Tokens without structure, in one document a row.
+fn batch(rows: usize, seq: usize, vocab: usize) -> Batch {
+    let token = |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % vocab;
+    let all = |shift: usize| (0..rows * seq).map(|i| token(i + shift) as i32).collect();
+    Batch { batch: rows, seq, tokens: all(0), labels: all(1), seg: vec![0; rows * seq] }
+}
+
+/// An executable with initial weights and inputs.
+fn trainer(plan: &Plan, batch: &Batch, threads: usize) -> Result<Trainer> {
+    let mut exe = Executable::new(plan.clone(), &ExecOptions { threads, ..ExecOptions::default() })?;
+    init::initialise(&mut exe, SEED)?;
+    for (entry, tokens) in [("prefill", batch.seq), ("decode", 1)] {
+        exe.set_input(entry, "tokens", &batch.tokens[..tokens])?;
+        exe.set_input(entry, "seg", &batch.seg[..tokens])?;
+    }
+    for (name, values) in [("tokens", &batch.tokens), ("seg", &batch.seg), ("labels", &batch.labels)] {
+        exe.set_input("loss", name, values)?;
+    }
+    Ok(Trainer::new(exe, SEED)?)
+}
+
+/// The bits of all outputs of an entry point, appended.
+fn outputs(exe: &Executable, entry: &str, out: &mut Vec<u32>) -> Result<()> {
+    let ports = exe.plan().entry(entry).map_or(&[][..], |e| &e.outputs);
+    for (name, _) in ports {
+        if exe.output_type(entry, name)?.dtype == DType::F32 {
+            let values = exe.output::<f32>(entry, name)?;
+            ensure!(values.iter().all(|x| x.is_finite()), "output {name} of {entry} is not finite");
+            out.extend(values.iter().map(|x| x.to_bits()));
+        } else {
+            out.extend(exe.output::<i32>(entry, name)?.iter().map(|&x| x as u32));
+        }
+    }
+    Ok(())
+}
+
+/// The answers of all entry points, as bits.
+fn answers(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<u32>> {
+    let mut out = vec![];
+    trainer.exec_mut().reset_states();
+    for entry in ["loss", "prefill"].into_iter().chain(std::iter::repeat_n("decode", DECODED)) {
+        trainer.exec_mut().run(entry)?;
+        outputs(trainer.exec(), entry, &mut out)?;
+    }
+    let probed = trainer.step(batch, 0, LR)?;
+    out.extend(probed.plus.iter().chain(&probed.minus).map(|&x| (x as f32).to_bits()));
+    for weight in &trainer.exec().plan().weights {
+        out.extend(trainer.exec().weight_f32(&weight.name)?.iter().map(|x| x.to_bits()));
+    }
+    Ok(out)
+}
+
+/// Ternary multiply-accumulates and float operations of one run of an entry point, loop iterations counted.
+fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
+    let mut runs = vec![];
+    for time in exe.run_traced(entry)? {
+        runs.resize(runs.len().max(time.step + 1), 0u64);
+        runs[time.step] += 1;
+    }
+    let e = exe.plan().entry(entry).context("the entry point ran")?;
+    let mut total = [0.0; 2];
+    for (g, group) in e.groups.iter().enumerate() {
+        let mine = |step: &Step| matches!(step, Step::Run { group, .. } if *group as usize == g);
+        let times = e.steps.iter().zip(&runs).filter(|(s, _)| mine(s)).map(|(_, n)| *n).max().unwrap_or(0) as f64;
+        total[0] += times * group.ternary as f64;
+        total[1] += times * group.flops as f64;
+    }
+    Ok(total)
+}
+
+type Session = Rc<RefCell<Trainer>>;
+
+/// A case that runs one entry point, from fresh states and current packed weights.
+fn case(session: &Session, entry: &'static str, id: String, unit: &'static str, amount: f64) -> Result<Case> {
+    let [ternary, flops] = work(session.borrow_mut().exec_mut(), entry)?;
+    let floor = vec![(DOT4, ternary * 1e-9), (FMA, flops * 1e-9)];
+    let (first, second) = (session.clone(), session.clone());
+    let start = move || {
+        let mut session = first.borrow_mut();
+        session.exec_mut().reset_states();
+        Ok(session.exec_mut().prepare()?)
+    };
+    let run = move || Ok(second.borrow_mut().exec_mut().run(entry)?);
+    Ok(Case { id, unit, work: amount, floor, peer: None, start: Box::new(start), run: Box::new(run) })
+}
+
+/// Multiply-accumulates of one run by work of one run, from the costs of its floor; two float operations count one.
+fn macs(case: &Case) -> f64 {
+    let cost = |id: &str| case.floor.iter().filter(|f| f.0 == id).map(|f| f.1).sum::<f64>();
+    (cost(DOT4) + cost(FMA) / 2.0) / case.work
+}
+
+/// The cases of one model; `rows` receives what is measured once.
+fn cases(w: &Workload, threads: usize, times: usize, rows: &mut Vec<Row>, progress: &mut dyn FnMut(&str)) -> Result<Vec<Case>> {
+    let name = w.scale.name();
+    progress(&format!("compile {name}"));
+    let (plan, vocab) = plan_of(w, times, rows)?;
+    let input = batch(w.rows, w.tokens, vocab);
+    let before = machine::resident();
+    let mut session = trainer(&plan, &input, threads)?;
+    progress(&format!("check {name}"));
+    let got = answers(&mut session, &input)?;
+    if let (Some(before), Some(after)) = (before, machine::resident()) {
+        rows.push(Row::plain(format!("rss.{name}"), after.saturating_sub(before) as f64 / MIB, "MiB", threads));
+    }
+    rows.push(Row::plain(format!("memory.{name}"), session.exec().bytes() as f64 / MIB, "MiB", threads));
+    rows.push(Row::plain(format!("arena.{name}"), plan.arena() as f64 / MIB, "MiB", threads));
+    let bound = plan.entries.iter().map(|e| e.arena_bound).max().unwrap_or(0);
+    rows.push(Row::plain(format!("arena_bound.{name}"), bound as f64 / MIB, "MiB", threads));
+    let weights = plan.weights.iter().filter(|x| x.kind != WeightKind::Optimizer);
+    let parameters: usize = weights.map(|x| x.ty.numel()).sum();
+    rows.push(Row::plain(format!("parameters.{name}"), parameters as f64 * 1e-6, "million", threads));
+    let other = if threads == 1 { 2 } else { 1 };
+    ensure!(got == answers(&mut trainer(&plan, &input, other)?, &input)?, "answers differ between {threads} and {other} threads");
+    let session: Session = Rc::new(RefCell::new(session));
+    let tokens = (w.rows * w.tokens) as f64;
+    let mut cases = vec![
+        case(&session, "loss", format!("loss.{name}"), "token/s", tokens)?,
+        case(&session, "dual_loss", format!("dual_forward.{name}"), "data token/s", tokens)?,
+        case(&session, "update", format!("update.{name}"), "step/s", 1.0)?,
+        case(&session, "prefill", format!("prefill.{name}"), "token/s", w.tokens as f64)?,
+        case(&session, "decode", format!("decode.{name}"), "token/s", 1.0)?,
+    ];
+    let mut step = 0;
+    let run = move || {
+        step += 1;
+        session.borrow_mut().step(&input, step, LR).map(drop).map_err(Into::into)
+    };
+    cases.push(Case {
+        id: format!("step.{name}"),
+        unit: "data token/s",
+        work: tokens,
+        floor: vec![],
+        peer: None,
+        start: Box::new(|| Ok(())),
+        run: Box::new(run),
+    });
+    Ok(cases)
+}
+
+/// Rows that follow from the measured ones: tokens that pass through the model, and multiply-accumulates.
+fn derived(cases: &[Case], rows: &[Row]) -> Vec<Row> {
+    let passes = scheme().stacked_rows(1) as f64;
+    let mut out = vec![];
+    for (case, row) in cases.iter().zip(rows) {
+        let Some((kind, name)) = case.id.split_once('.') else { continue };
+        out.push(row.clone());
+        if kind == "dual_forward" {
+            let value = row.value * passes;
+            let peer = rows.iter().find(|r| r.id == format!("loss.{name}")).map(|r| r.value);
+            let ratio = peer.map(|p| value / p);
+            out.push(Row { peer, ratio, ..Row::plain(format!("{}.forward", case.id), value, "forward token/s", row.threads) });
+        }
+        if !case.floor.is_empty() && case.unit.ends_with("token/s") {
+            let by_token = macs(case);
+            let peak = row.peak.map(|p| p * by_token);
+            out.push(Row {
+                peak,
+                share: row.share,
+                ..Row::plain(format!("{}.gmac", case.id), row.value * by_token, "GMAC/s", row.threads)
+            });
+        }
+    }
+    out
+}
+
+/// Measure peaks and models.
+///
+/// # Errors
+/// When a model cannot be compiled or run, or gives a wrong answer.
+pub fn run(threads: usize, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
+    let mut once = vec![];
+    let mut all = vec![];
+    let times = if quick { 1 } else { 5 };
+    for w in &WORKLOADS {
+        all.extend(cases(w, threads, times, &mut once, progress).with_context(|| w.scale.to_string())?);
+    }
+    progress("peaks");
+    all.extend(peaks::cases(threads)?);
+    let effort = match quick {
+        true => Effort { rounds: 3, burst: Duration::from_millis(100) },
+        false => Effort { rounds: 9, burst: Duration::from_millis(500) },
+    };
+    let rows = measure(&mut all, effort, threads, progress)?;
+    let mut out = derived(&all, &rows);
+    out.extend(once);
+    Ok(out)
+}

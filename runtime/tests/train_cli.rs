@@ -1,0 +1,189 @@
+//! `chimera-run train` as a user meets it: results on stdout, errors with exit codes, and runs that survive interruption.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use chimera_runtime::files::b158::B158;
+use chimera_runtime::train::checkpoint;
+
+/// A model that compiles and trains in no time.
+const MODEL: &str = r#"{
+  "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
+  "quantization": { "group_size": 32, "activation_block_size": 32 },
+  "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": false } },
+  "looping": { "enabled": false }
+}"#;
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Place {
+        let place = Place(tempfile::tempdir().expect("a folder"));
+        fs::write(place.path("model.json"), MODEL).expect("written");
+        fs::write(place.path("data.txt"), "the cat sat on the mat, the dog on the log. ".repeat(60)).expect("written");
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// `train model.json --data data.txt` and further words.
+    fn train(&self, words: &[&str]) -> Command {
+        let mut command = self.bare(&["model.json", "--data", "data.txt"]);
+        command.args(words);
+        command
+    }
+
+    fn bare(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
+        command.current_dir(self.0.path()).arg("train").args(words);
+        command.args(["--threads", "1"]);
+        command
+    }
+}
+
+fn output(mut command: Command) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } = command.output().expect("the command starts");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (status.code(), text(stdout), text(stderr))
+}
+
+#[test]
+fn a_run_trains_saves_and_resumes() {
+    let place = Place::new();
+    let small = ["--batch", "2", "--seq-len", "16", "--val-every", "2"];
+    let (code, stdout, stderr) = output(place.train(&[&small[..], &["--steps", "4", "--out", "whole"]].concat()));
+    assert_eq!((code, stdout.trim()), (Some(0), "whole/step-00000004.b158"), "{stderr}");
+    assert!(stderr.contains("unigram entropy") && stderr.contains("step 4/4 100.0% | loss"), "{stderr}");
+
+    let (code, stdout, stderr) = output(place.train(&[&small[..], &["--steps", "4", "--out", "whole"]].concat()));
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(stderr.contains("--resume"), "{stderr}");
+
+    // Two of six steps, resumed by the folder alone, against six at once: a constant rate knows nothing of the budget.
+    let constant = [&small[..], &["--lr-decay", "constant"]].concat();
+    let parted = |words: &[&str]| output(place.train(&[&constant[..], words].concat())).0;
+    assert_eq!(parted(&["--steps", "6", "--out", "six"]), Some(0));
+    assert_eq!(parted(&["--steps", "2", "--out", "parts"]), Some(0));
+    let (code, stdout, stderr) = output(place.bare(&["--resume", "parts", "--steps", "6", "--json"]));
+    assert_eq!((code, stdout.lines().count()), (Some(0), 4), "{stderr}");
+    let tensors = |folder: &str| {
+        let file = B158::open(&place.path(folder).join("step-00000006.b158")).expect("a checkpoint");
+        let names: Vec<String> = file.iter().map(|t| t.0.to_owned()).collect();
+        names.into_iter().map(|n| (file.require(&n).expect("a tensor").bytes.to_vec(), n)).collect::<Vec<_>>()
+    };
+    assert!(tensors("parts") == tensors("six"), "a resumed run has the bits of an uninterrupted one");
+
+    for (words, what) in [(["--seed", "9"], "--seed is 9"), (["--data", "model.json"], "other data")] {
+        let (code, _, stderr) = output(place.bare(&[&["--resume", "parts"][..], &words].concat()));
+        assert!(code == Some(2) && stderr.contains(what), "{code:?}: {stderr}");
+    }
+    let (code, _, stderr) = output(place.bare(&["parts", "--data", "model.json", "--steps", "1", "--out", "other"]));
+    assert_eq!(code, Some(0), "other data starts another run from the weights: {stderr}");
+}
+
+#[test]
+fn bad_input_has_a_sentence_and_a_code() {
+    let place = Place::new();
+    fs::write(place.path("empty.txt"), "").expect("written");
+    fs::write(place.path("latin.txt"), b"caf\xe9 ".repeat(100)).expect("written");
+    fs::write(place.path("short.txt"), "abc").expect("written");
+    fs::write(place.path("bad.json"), "{ \"hiden_size\": 3 }").expect("written");
+    fs::write(place.path("noise.b158"), b"\x89b158\r\n\x1a and then noise that is no table at all").expect("written");
+    fs::write(place.path("noise.plan"), "chimera-plan 1 crc32c 00000000\n(plan)").expect("written");
+    let cases: [(&[&str], i32, &str); 11] = [
+        (&["model.json", "--data", "empty.txt"], 1, "empty.txt: the file is empty"),
+        (&["model.json", "--data", "absent.txt"], 1, "absent.txt"),
+        (&["model.json"], 2, "no data file given"),
+        (&["--data", "data.txt"], 2, "no model is named"),
+        (&["model.json", "--data", "latin.txt", "--vocab", "o200k:restricted"], 1, "not UTF-8"),
+        (&["model.json", "--data", "short.txt"], 1, "expected at least 65 for one row of 64"),
+        (&["bad.json", "--data", "data.txt"], 3, "hidden_size"),
+        (&["model.json", "--data", "data.txt", "--set", "hidden_size=0"], 3, "hidden_size"),
+        (&["noise.b158", "--data", "data.txt"], 5, "noise.b158"),
+        (&["noise.plan", "--data", "data.txt"], 5, "noise.plan"),
+        (&["model.json", "--data", "data.txt", "--lr", "0"], 2, "--lr"),
+    ];
+    for (words, code, what) in cases {
+        let (found, stdout, stderr) = output(place.bare(words));
+        assert_eq!((found, stdout.as_str()), (Some(code), ""), "{words:?}: {stderr}");
+        assert!(stderr.contains(what), "{words:?}: {stderr}");
+        assert!(!place.path("chimera-run").exists(), "{words:?} left a folder");
+    }
+}
+
+#[test]
+fn weights_must_belong_to_the_vocabulary() {
+    let place = Place::new();
+    let (code, _, stderr) = output(place.train(&["--steps", "1", "--batch", "2", "--seq-len", "16", "--out", "run"]));
+    assert_eq!(code, Some(0), "{stderr}");
+    let (code, _, stderr) = output(place.bare(&["run", "--data", "data.txt", "--vocab", "o200k:restricted", "--out", "b"]));
+    assert!(code == Some(3) && stderr.contains("vocabulary bytes"), "{code:?}: {stderr}");
+    let (code, _, stderr) = output(place.bare(&["run", "--data", "data.txt", "--scale", "pico", "--out", "b"]));
+    assert!(code == Some(2) && stderr.contains("--scale and --set"), "{code:?}: {stderr}");
+    // One flipped bit in a tensor.
+    let path = place.path("run/step-00000001.b158");
+    let mut bytes = fs::read(&path).expect("a checkpoint");
+    let at = bytes.len() - 5;
+    bytes[at] ^= 4;
+    fs::write(&path, bytes).expect("written");
+    let (code, _, stderr) = output(place.bare(&["--resume", "run", "--steps", "3"]));
+    assert!(code == Some(5) && stderr.contains("corrupted"), "{code:?}: {stderr}");
+}
+
+/// A run that only its end bounds, behind its first checkpoint.
+#[cfg(unix)]
+fn endless(place: &Place, out: &str) -> Child {
+    let words = ["--steps", "1000000", "--batch", "2", "--seq-len", "16", "--save-every", "1", "--val-every", "0", "--out", out];
+    let mut command = place.train(&words);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command starts");
+    let patience = Instant::now() + Duration::from_secs(300);
+    while newest(&place.path(out)).is_none() {
+        assert!(Instant::now() < patience, "no checkpoint appears");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+fn newest(folder: &Path) -> Option<PathBuf> {
+    checkpoint::latest(folder).expect("the folder can be listed")
+}
+
+#[cfg(unix)]
+fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([name, &child.id().to_string()]).status().expect("kill is there");
+    assert!(status.success());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_saves_and_leaves() {
+    let place = Place::new();
+    let child = endless(&place, "run");
+    signal(&child, "-INT");
+    let Output { status, stdout, stderr } = child.wait_with_output().expect("it ends");
+    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    assert!(stderr.contains("stopped behind step") && stderr.contains("--resume run"), "{stderr}");
+    let newest = newest(&place.path("run")).expect("a checkpoint");
+    assert!(newest.ends_with(Path::new(stdout.trim()).file_name().expect("a name")), "{stdout}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_kill_at_any_moment_leaves_a_sound_checkpoint() {
+    let place = Place::new();
+    for round in 0..3 {
+        let out = format!("run-{round}");
+        let mut child = endless(&place, &out);
+        std::thread::sleep(Duration::from_millis(7 * round));
+        child.kill().expect("killed");
+        child.wait().expect("it ends");
+        let path = newest(&place.path(&out)).expect("a checkpoint");
+        let file = B158::open(&path).unwrap_or_else(|e| panic!("{e}"));
+        file.verify_all().unwrap_or_else(|e| panic!("{e}"));
+    }
+}

@@ -1,0 +1,199 @@
+//! Training against the executable specification: initial weights, and ten steps of each estimator.
+//!
+//! The first step is tight. Later ones follow discontinuities (ternary codes, expert choices) and are compared as loosely as the golden
+//! files say.
+
+use std::collections::HashMap;
+
+use chimera_codegen::{Allowed, host};
+use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_frontends::config::{ParamKind, parameters};
+use chimera_ir::ops::Distribution;
+use chimera_ir::plan::{WeightDecl, WeightKind};
+use chimera_ir::{Tensor, Type};
+use chimera_runtime::exec::{ExecOptions, Executable};
+use chimera_runtime::text::Batch;
+use chimera_runtime::train::{Probed, Trainer, init};
+use chimera_tests::golden::Golden;
+
+/// One golden run.
+struct Case {
+    golden: Golden,
+    before: HashMap<String, Tensor>,
+    trainer: Trainer,
+    batch: Batch,
+    lr: f64,
+}
+
+impl Case {
+    fn open(name: &str, scheme: &Scheme, rule: &UpdateRule, lr: f64, seed: u64) -> Case {
+        let golden = Golden::open(name);
+        let before = Golden::open("model_params").with_prefix("");
+        let ints = |name: &str| -> Vec<i32> { golden.tensor(name).to_i64().iter().map(|&x| x as i32).collect() };
+        let [batch, seq] = golden.tensor("in.tokens").ty.dims[..] else { panic!("tokens are a matrix") };
+        let batch = Batch { batch, seq, tokens: ints("in.tokens"), labels: ints("in.labels"), seg: ints("in.seg") };
+        let spec = |kind| EntrySpec { kind, rows: batch.batch, tokens: batch.seq, depth: None };
+        let entries = vec![
+            spec(EntryKind::DualLoss(scheme.clone())),
+            spec(EntryKind::Update(scheme.clone(), rule.clone())),
+            spec(EntryKind::Loss),
+        ];
+        let options = Options { target: host().to_string(), entries, ..Options::default() };
+        let plan = compile(&golden.model(), &options).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let options = ExecOptions { threads: 2, emitters: Allowed::all(), target: host(), max_bytes: u64::MAX };
+        let mut exec = Executable::new(plan, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for (name, tensor) in &before {
+            exec.set_weight(name, &tensor.ty.dims, tensor.as_f32()).unwrap_or_else(|e| panic!("{e}"));
+        }
+        let trainer = Trainer::new(exec, seed).unwrap_or_else(|e| panic!("{name}: {e}"));
+        Case { golden, before, trainer, batch, lr }
+    }
+
+    fn step(&mut self, step: u64) -> Probed {
+        self.trainer.step(&self.batch, step, self.lr).expect("a step")
+    }
+
+    /// The samples that the golden file has of the weights as they are: `(name, found, expected, before)`.
+    fn samples(&self, prefix: &str, count: usize) -> Vec<(String, Vec<f32>, Vec<f32>, Vec<f32>)> {
+        let wanted = self.golden.with_prefix(&format!("{prefix}.sample."));
+        let take = |values: &[f32]| -> Vec<f32> { values.iter().copied().step_by((values.len() / count).max(1)).collect() };
+        let row = |(name, want): (String, Tensor)| {
+            let found = take(&self.trainer.exec().weight_f32(&name).expect("a weight"));
+            let before = take(self.before[&name].as_f32());
+            (name, found, want.as_f32().to_vec(), before)
+        };
+        wanted.into_iter().map(row).collect()
+    }
+
+    /// Compares the first step: values, and the steps they took.
+    fn check_first_samples(&self) {
+        let tolerance = self.golden.tolerance("first_median_rtol");
+        let mut errors = vec![];
+        let mut step_errors = vec![];
+        for (name, found, want, before) in self.samples("first", 32) {
+            assert_eq!(found.len(), want.len(), "{name}");
+            errors.extend(found.iter().zip(&want).map(|(a, b)| (a - b).abs() / b.abs().max(1e-3)));
+            let norm = |f: &dyn Fn(usize) -> f32| (0..want.len()).map(|i| f(i) * f(i)).sum::<f32>().sqrt();
+            let taken = norm(&|i| want[i] - before[i]);
+            if taken > 0.0 {
+                step_errors.push(norm(&|i| found[i] - want[i]) / taken);
+            } else {
+                assert_eq!(found, want, "{name} does not move");
+            }
+        }
+        assert!(errors.len() > 1000 && step_errors.len() > 50, "the golden file has samples");
+        let (error, step_error) = (median(errors), median(step_errors));
+        assert!(error <= tolerance, "median error of values {error}, allowed {tolerance}");
+        assert!(step_error <= 0.02, "median error of steps {step_error}");
+    }
+
+    fn check_last_samples(&self) {
+        let tolerance = self.golden.tolerance("final_median_rtol");
+        let error = |(a, b): (&f32, &f32)| (a - b).abs() / b.abs().max(1e-3);
+        let errors = self.samples("final", 128).iter().flat_map(|s| s.1.iter().zip(&s.2).map(error).collect::<Vec<_>>()).collect();
+        let error = median(errors);
+        assert!(error <= tolerance, "median error of values {error}, allowed {tolerance}");
+    }
+}
+
+fn median(mut values: Vec<f32>) -> f32 {
+    values.sort_by(f32::total_cmp);
+    values[values.len() / 2]
+}
+
+fn close(what: &str, found: f64, want: f32, tolerance: f32) {
+    assert!((found - f64::from(want)).abs() <= f64::from(tolerance), "{what}: found {found}, expected {want} within {tolerance}");
+}
+
+fn per_sequence(rank: usize) {
+    let scheme = Scheme::PerSequence { rank, kappa: 0.1, sigma_vec: 0.01 };
+    let mut case = Case::open(&format!("train_per_sequence_rank{rank}"), &scheme, &UpdateRule::default(), 0.01, 77);
+    let [first, later] = ["losses_first_step", "losses_all_steps"].map(|t| case.golden.tolerance(t));
+    let c_tolerance = case.golden.tolerance("c_normalised_first_step");
+    let [plus, minus, c] = ["out.plus", "out.minus", "out.c_normalised"].map(|n| case.golden.tensor(n));
+    let rows = case.batch.batch;
+    for step in 0..plus.ty.dims[0] {
+        let probed = case.step(step as u64);
+        let tolerance = if step == 0 { first } else { later };
+        for row in 0..rows {
+            let at = step * rows + row;
+            close(&format!("step {step}: + of row {row}"), probed.plus[row], plus.as_f32()[at], tolerance);
+            close(&format!("step {step}: - of row {row}"), probed.minus[row], minus.as_f32()[at], tolerance);
+            if step == 0 {
+                close(&format!("c of row {row}"), f64::from(probed.c[row]), c.as_f32()[at], c_tolerance);
+            }
+        }
+        if step == 0 {
+            case.check_first_samples();
+        }
+    }
+    case.check_last_samples();
+}
+
+#[test]
+fn per_sequence_rank_1() {
+    per_sequence(1);
+}
+
+#[test]
+fn per_sequence_rank_2() {
+    per_sequence(2);
+}
+
+fn mezo(name: &str, requantise: bool) {
+    let scheme = Scheme::Mezo { requantise, directions: 1, dist: Distribution::Rademacher, eps: 1e-3, eps_rel: None };
+    let rule = UpdateRule { weight_decay: 0.1, ..UpdateRule::default() };
+    let mut case = Case::open(name, &scheme, &rule, 1e-5, 1234);
+    let [first, later] = ["losses_first_step", "losses_all_steps"].map(|t| case.golden.tolerance(t));
+    let losses = case.golden.tensor("out.losses");
+    for step in 0..losses.ty.dims[0] {
+        let probed = case.step(step as u64);
+        let tolerance = if step == 0 { first } else { later };
+        close(&format!("step {step}: +"), probed.plus[0], losses.as_f32()[2 * step], tolerance);
+        close(&format!("step {step}: -"), probed.minus[0], losses.as_f32()[2 * step + 1], tolerance);
+        if step == 0 {
+            case.check_first_samples();
+        }
+    }
+    case.check_last_samples();
+}
+
+#[test]
+fn mezo_with_requantised_latents() {
+    mezo("train_mezo_A", true);
+}
+
+#[test]
+fn mezo_with_additive_noise() {
+    mezo("train_mezo_C", false);
+}
+
+#[test]
+fn initial_weights() {
+    let golden = Golden::open("init_params");
+    let model = golden.model();
+    let kind = |kind| match kind {
+        ParamKind::Ternary => WeightKind::Ternary,
+        ParamKind::Matrix => WeightKind::Matrix,
+        ParamKind::Embedding => WeightKind::Embedding,
+        ParamKind::Vector => WeightKind::Vector,
+        ParamKind::Buffer => WeightKind::Buffer,
+    };
+    let (samples, norms) = (golden.with_prefix("init.sample."), golden.with_prefix("init.norm."));
+    let parameters = parameters(&model);
+    assert_eq!((samples.len(), norms.len()), (parameters.len(), parameters.len()));
+    for p in parameters {
+        let weight = WeightDecl { name: p.name.clone(), kind: kind(p.kind), ty: Type::f32(&p.dims) };
+        let found = init::initial(&weight, model.initializer_range, 0);
+        let normal = p.name.ends_with("memory_w1") || p.name.ends_with("persistent_memory") || !matches!(weight.kind, WeightKind::Vector);
+        let taken = found.iter().step_by((found.len() / 64).max(1));
+        let want = samples[&p.name].as_f32();
+        assert_eq!(taken.len(), want.len(), "{}", p.name);
+        for (i, (a, b)) in taken.zip(want).enumerate() {
+            let same = if normal { a.to_bits() == b.to_bits() } else { (a - b).abs() <= 1e-6 * b.abs().max(1.0) };
+            assert!(same, "{}, sample {i}: {a} is not {b}", p.name);
+        }
+        let norm = found.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+        close(&format!("norm of {}", p.name), norm, norms[&p.name].as_f32()[0], 1e-6 * norm.max(1.0) as f32);
+    }
+}

@@ -1,0 +1,171 @@
+//! Training runs: the same bits with any number of threads and however often the run is interrupted, and clear errors.
+
+use std::cell::Cell;
+use std::fs;
+use std::path::Path;
+
+use chimera_codegen::host;
+use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_frontends::config::{self, Overrides, Scale};
+use chimera_ir::ops::Distribution;
+use chimera_ir::plan::Plan;
+use chimera_runtime::exec::{ExecOptions, Executable};
+use chimera_runtime::text::{Batches, TokenStream, Vocab};
+use chimera_runtime::train::checkpoint::{self, Meta};
+use chimera_runtime::train::metrics::Log;
+use chimera_runtime::train::weights::WeightFile;
+use chimera_runtime::train::{
+    Budget, Decay, Event, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
+};
+
+const ROWS: usize = 2;
+const TOKENS: usize = 8;
+const STEPS: u64 = 5;
+const SEED: u64 = 11;
+
+fn plan(scheme: &Scheme) -> Plan {
+    let sets = [
+        "hidden_size=32", "intermediate_size=32", "num_hidden_layers=2", "head_dim=16", "backbone.layer_pattern=\"GD XM\"",
+        "quantization.group_size=32", "quantization.activation_block_size=32",
+    ];
+    let sets = sets.map(str::to_owned).to_vec();
+    let model = config::preset(Scale::Pico, &Overrides { sets, ..Overrides::default() }).unwrap_or_else(|e| panic!("{e}")).model;
+    let spec = |kind| EntrySpec { kind, rows: ROWS, tokens: TOKENS, depth: None };
+    let entries = vec![
+        spec(EntryKind::DualLoss(scheme.clone())),
+        spec(EntryKind::Update(scheme.clone(), UpdateRule::default())),
+        spec(EntryKind::Loss),
+    ];
+    let options = Options { target: host().to_string(), entries, ..Options::default() };
+    compile(&model, &options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn trainer(plan: &Plan, threads: usize) -> Trainer {
+    let options = ExecOptions { threads, ..ExecOptions::default() };
+    let mut exec = Executable::new(plan.clone(), &options).unwrap_or_else(|e| panic!("{e}"));
+    init::initialise(&mut exec, SEED).unwrap_or_else(|e| panic!("{e}"));
+    Trainer::new(exec, SEED).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn streams(vocab: &Vocab) -> (Batches, TokenStream) {
+    let text = |salt: usize| (0..300).map(|i| if i * salt % 7 < 3 { "ab" } else { "c " }).collect::<String>();
+    let stream = |salt| TokenStream::new(&[vocab.encode(&text(salt))], vocab.end_of_document());
+    (Batches::new(stream(3), SEED), stream(5))
+}
+
+fn options(folder: &Path) -> RunOptions {
+    RunOptions {
+        budget: Budget { steps: Some(STEPS), seconds: None },
+        schedule: Schedule { peak: 0.02, warmup: 2, decay: Decay::Cosine, floor: 0.1 },
+        validate_every: 2,
+        validation_rows: 3,
+        save_every: 2,
+        keep: 1,
+        folder: Some(folder.to_path_buf()),
+    }
+}
+
+fn meta(plan: &Plan, progress: Progress) -> Meta {
+    let vocab = Vocab::bytes().to_text();
+    Meta { config: plan.config.clone(), vocab, options: "{}".into(), data: "text".into(), progress }
+}
+
+/// Trains until the end or `stop_at` steps, and logs the losses.
+fn train(trainer: &mut Trainer, folder: &Path, progress: Progress, stop_at: u64) -> (Outcome, Progress) {
+    let vocab = Vocab::bytes();
+    let (batches, validation) = streams(&vocab);
+    let meta = meta(trainer.exec().plan(), progress);
+    let mut log = Log::open(folder, progress.step).expect("a log");
+    let step = Cell::new(progress.step);
+    let mut run = Run { trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta };
+    let outcome = run.train(&options(folder), &|| step.get() >= stop_at, &mut |event| match event {
+        Event::Step(m) => {
+            step.set(m.step);
+            log.add(m)
+        }
+        _ => Ok(()),
+    });
+    (outcome.unwrap_or_else(|e| panic!("{e}")), run.progress)
+}
+
+/// Weights and optimizer memory as bits, by name.
+fn bits(trainer: &Trainer) -> Vec<(String, Vec<u32>)> {
+    let exec = trainer.exec();
+    let weights = exec.plan().weights.iter();
+    weights.map(|w| (w.name.clone(), exec.weight::<f32>(&w.name).expect("f32").iter().map(|x| x.to_bits()).collect())).collect()
+}
+
+/// What depends on the run and not on the clock, line by line.
+fn losses(folder: &Path) -> Vec<(u64, u64, Option<u64>, u64)> {
+    let text = fs::read_to_string(folder.join(Log::NAME)).expect("a log");
+    let line = |line: &str| {
+        let v: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let bits = |key: &str| v[key].as_f64().map(f64::to_bits);
+        (v["step"].as_u64().expect("a step"), bits("loss").expect("a loss"), bits("val"), bits("lr").expect("a rate"))
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn interruptions_and_threads_change_nothing() {
+    let per_sequence = Scheme::PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01 };
+    let mezo = Scheme::Mezo { requantise: false, directions: 2, dist: Distribution::Gaussian, eps: 1e-2, eps_rel: Some(0.1) };
+    for scheme in [per_sequence, mezo] {
+        let plan = plan(&scheme);
+        let folder = tempfile::tempdir().expect("a folder");
+        let [whole, parted] = ["whole", "parted"].map(|n| folder.path().join(n));
+        let start = bits(&trainer(&plan, 1));
+        let mut first = trainer(&plan, 1);
+        let (outcome, progress) = train(&mut first, &whole, Progress::default(), u64::MAX);
+        assert_eq!((outcome, progress.step, progress.position), (Outcome::Finished, STEPS, STEPS * ROWS as u64));
+        assert_ne!(bits(&first), start, "training moves weights");
+
+        let mut second = trainer(&plan, 2);
+        let (outcome, progress) = train(&mut second, &parted, Progress::default(), 3);
+        assert_eq!((outcome, progress.step), (Outcome::Stopped, 3));
+        drop(second);
+        // Lines behind the checkpoint, as a killed process leaves them.
+        let log = parted.join(Log::NAME);
+        let lines = fs::read_to_string(&log).expect("a log") + "{\"step\": 4, \"loss\": 1.0}\n{\"st";
+        fs::write(&log, lines).expect("written");
+        let newest = checkpoint::latest(&parted).expect("listed").expect("a checkpoint");
+        let file = WeightFile::open(&newest).expect("opened");
+        let saved = checkpoint::meta(&file).expect("readable").expect("a checkpoint");
+        assert_eq!(saved, meta(&plan, progress));
+        let mut third = trainer(&plan, 2);
+        checkpoint::restore(&file, third.exec_mut()).expect("restored");
+        let (outcome, _) = train(&mut third, &parted, saved.progress, u64::MAX);
+        assert_eq!(outcome, Outcome::Finished);
+        assert!(bits(&third) == bits(&first), "a resumed run on two threads has the bits of a whole run on one");
+        assert_eq!(losses(&parted), losses(&whole));
+        assert_eq!(losses(&whole).iter().map(|l| l.2.is_some()).collect::<Vec<_>>(), [false, true, false, true, true]);
+        assert_eq!(checkpoint::steps(&whole).expect("listed"), [STEPS], "older checkpoints are removed");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights() {
+    let plan = plan(&Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 });
+    let mut trainer = trainer(&plan, 1);
+    let name = "norm.weight";
+    let mut values = trainer.exec().weight::<f32>(name).expect("a weight").to_vec();
+    values[3] = f32::NAN;
+    trainer.exec_mut().set_weight(name, &[values.len()], &values).expect("set");
+    let before = bits(&trainer);
+    let vocab = Vocab::bytes();
+    let (batches, _) = streams(&vocab);
+    let (batch, _) = batches.next(0, ROWS, TOKENS).expect("a batch");
+    let error = trainer.step(&batch, 7, 0.1).expect_err("the loss is not a number");
+    assert!(matches!(error, TrainError::Diverged { step: 7, .. }), "{error}");
+    assert!(error.to_string().contains("in step 7") && error.to_string().contains("--lr"), "{error}");
+    assert!(bits(&trainer) == before);
+}
+
+#[test]
+fn plans_without_training_are_refused() {
+    let mut plan = plan(&Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 });
+    plan.entries.retain(|e| e.name != "update");
+    let exec = Executable::new(plan, &ExecOptions { threads: 1, ..ExecOptions::default() }).expect("executable");
+    let error = Trainer::new(exec, 0).expect_err("no update");
+    assert!(error.to_string().contains("no entry point `update`"), "{error}");
+}
