@@ -11,14 +11,28 @@ fn main() {
     let mut cases: Vec<(String, Op, Vec<Type>, f64)> = vec![];
     let product = |rows: usize, m: usize, n: usize, k: usize, block: usize| {
         let op = TernaryProduct { m, group: 128, block, n_weights: k, grouped_rows: false };
-        let mut ins = vec![Type::new(DType::I8, &[rows, n]), Type::f32(&[rows, if block == 0 { 1 } else { n.div_ceil(block) }])];
+        let mut ins =
+            vec![Type::new(DType::I8, &[rows, n]), Type::f32(&[rows, if block == 0 { 1 } else { n.div_ceil(block) }])];
         for _ in 0..k {
             ins.push(Type::new(DType::U8, &[m.div_ceil(32), n / 4, 32]));
             ins.push(Type::f32(&[m, n.div_ceil(128)]));
         }
         (format!("ternary {rows}x{m}x{n} w{k} b{block}"), Op::from(op), ins, (rows * m * n * k) as f64)
     };
-    for (r, m, n, k) in [(252, 512, 512, 1), (252, 128, 128, 1), (252, 384, 128, 2), (252, 256, 256, 1), (252, 2560, 2560, 1), (24, 512, 512, 1), (12, 512, 512, 1), (8, 512, 512, 1), (4, 512, 512, 1), (2, 512, 512, 1), (1, 512, 512, 1), (1, 2560, 2560, 1)] {
+    for (r, m, n, k) in [
+        (252, 512, 512, 1),
+        (252, 128, 128, 1),
+        (252, 384, 128, 2),
+        (252, 256, 256, 1),
+        (252, 2560, 2560, 1),
+        (24, 512, 512, 1),
+        (12, 512, 512, 1),
+        (8, 512, 512, 1),
+        (4, 512, 512, 1),
+        (2, 512, 512, 1),
+        (1, 512, 512, 1),
+        (1, 2560, 2560, 1),
+    ] {
         cases.push(product(r, m, n, k, 64));
     }
     let linear = |rows: usize, m: usize, n: usize| {
@@ -37,12 +51,32 @@ fn main() {
     }
     let nq = |rows: usize, n: usize| {
         let ins = vec![Type::f32(&[rows, n]), Type::f32(&[n])];
-        (format!("norm_quantise {rows}x{n}"), Op::from(NormQuantise { kind: NormKind::Rms, eps: 1e-6, block: 64 }), ins, (rows * n) as f64)
+        (
+            format!("norm_quantise {rows}x{n}"),
+            Op::from(NormQuantise { kind: NormKind::Rms, eps: 1e-6, block: 64 }),
+            ins,
+            (rows * n) as f64,
+        )
     };
     cases.push(nq(252, 512));
-    cases.push((format!("norm 252x512"), Op::from(Norm { kind: NormKind::Rms, width: 512, eps: 1e-6 }), vec![Type::f32(&[252, 512]), Type::f32(&[512])], 252.0 * 512.0));
-    cases.push(("pack 512x512".into(), Op::from(PackTernary { group: 128, ratio: 0.5 }), vec![Type::f32(&[512, 512]), Type::f32(&[512, 4])], 512.0 * 512.0));
-    cases.push(("scale 512x512".into(), Op::from(GroupScale { mode: ScaleMode::PerGroup(128) }), vec![Type::f32(&[512, 512])], 512.0 * 512.0));
+    cases.push((
+        format!("norm 252x512"),
+        Op::from(Norm { kind: NormKind::Rms, width: 512, eps: 1e-6 }),
+        vec![Type::f32(&[252, 512]), Type::f32(&[512])],
+        252.0 * 512.0,
+    ));
+    cases.push((
+        "pack 512x512".into(),
+        Op::from(PackTernary { group: 128, ratio: 0.5 }),
+        vec![Type::f32(&[512, 512]), Type::f32(&[512, 4])],
+        512.0 * 512.0,
+    ));
+    cases.push((
+        "scale 512x512".into(),
+        Op::from(GroupScale { mode: ScaleMode::PerGroup(128) }),
+        vec![Type::f32(&[512, 512])],
+        512.0 * 512.0,
+    ));
     cases.push(("panels 8192x256".into(), Op::from(PackPanels {}), vec![Type::f32(&[8192, 256])], 8192.0 * 256.0));
     let mut state = 1u64;
     let mut random = move || {
@@ -88,6 +122,13 @@ fn main() {
             best = best.min(start.elapsed().as_secs_f64());
             n += 1;
         }
-        println!("{name:36} grid {:5}  {:9.1} us  {:8.2} G/s  compile {compile_ms:.1} ms  {} B  scratch {} B", kernel.grid, best * 1e6, work / best / 1e9, module.kernels[0].code_bytes, kernel.scratch_bytes());
+        println!(
+            "{name:36} grid {:5}  {:9.1} us  {:8.2} G/s  compile {compile_ms:.1} ms  {} B  scratch {} B",
+            kernel.grid,
+            best * 1e6,
+            work / best / 1e9,
+            module.kernels[0].code_bytes,
+            kernel.scratch_bytes()
+        );
     }
 }

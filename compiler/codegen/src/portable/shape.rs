@@ -50,7 +50,9 @@ impl Fact {
                     (Bin::Sub, _) => Fact { positive: false, ..x.join(y) },
                     (Bin::Mul, _) => {
                         let positive = x.positive && y.positive;
-                        x.align.checked_mul(y.align).map_or(Fact { align: 1, positive }, |align| Fact { align, positive })
+                        x.align
+                            .checked_mul(y.align)
+                            .map_or(Fact { align: 1, positive }, |align| Fact { align, positive })
                     }
                     (Bin::Div, Expr::Int(c)) => {
                         let c = c.unsigned_abs().max(1);
@@ -107,8 +109,7 @@ impl Lanes {
         }
         // A local that is also used outside would have to leave the loop with the value of the last lane.
         let private = |v: usize| {
-            here.assigned[v] == 0
-                || (here.assigned[v] == total.assigned[v] && here.mentioned[v] == total.mentioned[v])
+            here.assigned[v] == 0 || (here.assigned[v] == total.assigned[v] && here.mentioned[v] == total.mentioned[v])
         };
         if !(0..n).all(private) {
             return None;

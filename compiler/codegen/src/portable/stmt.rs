@@ -74,7 +74,9 @@ pub(super) fn lower(kernel: &Kernel, target: &Target, mut b: FunctionBuilder<'_>
         Place::Scratch(at) => b.ins().iadd_imm_s(scratch, *at as i64),
     };
     let bases = places(kernel).iter().map(base).collect();
-    debug_assert!(kernel.bufs.iter().all(|b| b.role != Role::Scratch) || kernel.scratch_bytes() > 0 || kernel.grid == 0);
+    debug_assert!(
+        kernel.bufs.iter().all(|b| b.role != Role::Scratch) || kernel.scratch_bytes() > 0 || kernel.grid == 0
+    );
     let n = kernel.vars.len();
     let mut lower = Lower {
         kernel,
