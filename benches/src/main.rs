@@ -3,6 +3,7 @@
 //! A wrong answer ends the run with an error; there is no figure without a check.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a command line program")]
+#![allow(unreachable_pub, reason = "modules of a binary")]
 
 mod kernels;
 mod machine;

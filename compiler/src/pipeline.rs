@@ -73,6 +73,23 @@ pub struct EntrySpec {
     pub depth: Option<Depth>,
 }
 
+/// What plans say about how they were compiled: `rows=2 tokens=64 loops=3 PerSequence { rank: 1, .. }`.
+impl fmt::Display for EntrySpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rows={} tokens={}", self.rows, self.tokens)?;
+        match self.depth {
+            None => {}
+            Some(Depth::Fixed(n)) => write!(f, " loops={n}")?,
+            Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
+        }
+        match &self.kind {
+            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
+            EntryKind::DualLoss(scheme) => write!(f, " {scheme:?}"),
+            EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
+        }
+    }
+}
+
 /// How to compile.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -182,7 +199,7 @@ pub fn compile_observed(
     }
     let mut plan = Plan { config: cfg.to_json().to_string(), target: options.target.clone(), ..Plan::default() };
     for spec in &options.entries {
-        plan.options.push((spec.kind.name().to_owned(), format!("rows={} tokens={} {:?}", spec.rows, spec.tokens, spec.depth)));
+        plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
     }
     stages(plan, graphs, &kinds, options, observer)
 }

@@ -11,7 +11,6 @@ use chimera_runtime::train::checkpoint;
 /// A model that compiles and trains in no time.
 const MODEL: &str = r#"{
   "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
-  "quantization": { "group_size": 32, "activation_block_size": 32 },
   "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": false } },
   "looping": { "enabled": false }
 }"#;

@@ -24,10 +24,7 @@ const STEPS: u64 = 5;
 const SEED: u64 = 11;
 
 fn plan(scheme: &Scheme) -> Plan {
-    let sets = [
-        "hidden_size=32", "intermediate_size=32", "num_hidden_layers=2", "head_dim=16", "backbone.layer_pattern=\"GD XM\"",
-        "quantization.group_size=32", "quantization.activation_block_size=32",
-    ];
+    let sets = ["hidden_size=32", "intermediate_size=32", "num_hidden_layers=2", "head_dim=16", "backbone.layer_pattern=\"GD XM\""];
     let sets = sets.map(str::to_owned).to_vec();
     let model = config::preset(Scale::Pico, &Overrides { sets, ..Overrides::default() }).unwrap_or_else(|e| panic!("{e}")).model;
     let spec = |kind| EntrySpec { kind, rows: ROWS, tokens: TOKENS, depth: None };

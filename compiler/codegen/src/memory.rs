@@ -6,7 +6,7 @@ use std::fmt;
 
 use cranelift_codegen::isa::TargetIsa;
 use cranelift_jit::{JITBuilder, JITModule};
-use cranelift_module::{FuncId, Linkage, Module, default_libcall_names};
+use cranelift_module::{FuncId, Linkage, Module, ModuleError, default_libcall_names};
 
 /// Finished code of several functions, freed on drop.
 pub(crate) struct CodeMemory {
@@ -24,15 +24,17 @@ impl CodeMemory {
     pub(crate) fn place(isa: std::sync::Arc<dyn TargetIsa>, functions: &[&[u8]]) -> Result<CodeMemory, String> {
         let mut module = JITModule::new(JITBuilder::with_isa(isa, default_libcall_names()));
         let signature = module.make_signature();
-        let define = |(n, bytes): (usize, &&[u8])| -> Result<FuncId, cranelift_module::ModuleError> {
-            let id = module.declare_function(&format!("kernel{n}"), Linkage::Local, &signature)?;
-            module.define_function_bytes(id, 64, bytes, &[])?;
+        let text = |e: ModuleError| e.to_string();
+        let define = |(n, bytes): (usize, &&[u8])| -> Result<FuncId, String> {
+            let name = format!("kernel{n}");
+            let id = module.declare_function(&name, Linkage::Local, &signature).map_err(text)?;
+            module.define_function_bytes(id, 64, bytes, &[]).map_err(text)?;
             Ok(id)
         };
-        let ids: Result<Vec<FuncId>, _> = functions.iter().enumerate().map(define).collect();
-        let finished = ids.and_then(|ids| module.finalize_definitions().map(|()| ids));
+        let ids: Result<Vec<FuncId>, String> = functions.iter().enumerate().map(define).collect();
+        let finished = ids.and_then(|ids| module.finalize_definitions().map(|()| ids).map_err(text));
         let mut memory = CodeMemory { module: Some(module), entries: vec![] };
-        let ids = finished.map_err(|e| e.to_string())?;
+        let ids = finished?;
         if let Some(module) = &memory.module {
             memory.entries = ids.into_iter().map(|id| module.get_finalized_function(id)).collect();
         }

@@ -103,8 +103,10 @@ pub fn dot(plan: &Plan, entry: &Entry) -> String {
         let at = flow.node(format!("output {name}"), "ellipse");
         flow.read(at, *b);
     }
-    let edge = |_: &DiGraph<Shape, String>, e: petgraph::graph::EdgeReference<'_, String>| format!("label = {:?}", e.weight());
-    let node = |_: &DiGraph<Shape, String>, (_, s): (NodeIndex, &Shape)| format!("label = {:?}, shape = {}", s.label, s.shape);
+    let edge =
+        |_: &DiGraph<Shape, String>, e: petgraph::graph::EdgeReference<'_, String>| format!("label = {:?}", e.weight());
+    let node =
+        |_: &DiGraph<Shape, String>, (_, s): (NodeIndex, &Shape)| format!("label = {:?}, shape = {}", s.label, s.shape);
     let config = [Config::NodeNoLabel, Config::EdgeNoLabel];
     format!("{:?}", Dot::with_attr_getters(&flow.graph, &config, &edge, &node))
 }

@@ -85,15 +85,26 @@ pub fn entries(plan: &Plan) -> Vec<EntryReport> {
     plan.entries.iter().map(report).collect()
 }
 
+/// Inputs and outputs shown unless all are asked for.
+const PORTS: usize = 12;
+
 impl fmt::Display for EntryReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "entry {}", self.name)?;
         for (what, ports) in [("input", &self.inputs), ("output", &self.outputs)] {
-            for p in ports {
+            let shown = if f.alternate() { ports.len() } else { ports.len().min(PORTS) };
+            for p in &ports[..shown] {
                 writeln!(f, "  {what:6} {}: {}", p.name, p.ty)?;
             }
+            if shown < ports.len() {
+                writeln!(f, "  {what:6} and {} more", ports.len() - shown)?;
+            }
         }
-        write!(f, "  {} steps: {} kernels ({} split over threads), {} copies", self.steps, self.runs, self.split, self.copies)?;
+        write!(
+            f,
+            "  {} steps: {} kernels ({} split over threads), {} copies",
+            self.steps, self.runs, self.split, self.copies
+        )?;
         match self.loops[..] {
             [] => writeln!(f)?,
             ref loops => writeln!(f, ", loops of at most {loops:?} iterations")?,
@@ -102,7 +113,10 @@ impl fmt::Display for EntryReport {
         writeln!(f, "  arena {}, lower bound {} ({ratio} of it)", bytes(self.arena), bytes(self.arena_bound))?;
         if let Some(s) = &self.shared {
             let (share, saved, separate) = (percent(s.saved, s.separate), count(s.saved), count(s.separate));
-            writeln!(f, "  shared work {share}: {saved} of {separate} operations of separate forward passes are not repeated")?;
+            writeln!(
+                f,
+                "  shared work {share}: {saved} of {separate} operations of separate forward passes are not repeated"
+            )?;
         }
         Ok(())
     }

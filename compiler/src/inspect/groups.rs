@@ -46,10 +46,8 @@ pub fn groups(plan: &Plan) -> Vec<EntryGroups> {
         ternary: g.ternary,
         bytes: g.bytes,
     };
-    let table = |e: &chimera_ir::plan::Entry| EntryGroups {
-        entry: e.name.clone(),
-        groups: e.groups.iter().map(row).collect(),
-    };
+    let table =
+        |e: &chimera_ir::plan::Entry| EntryGroups { entry: e.name.clone(), groups: e.groups.iter().map(row).collect() };
     plan.entries.iter().map(table).collect()
 }
 

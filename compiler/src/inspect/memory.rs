@@ -106,7 +106,9 @@ impl fmt::Display for EntryMemory {
         for level in (0..HEIGHT as u64).rev() {
             let label = if level + 1 == HEIGHT as u64 { bytes(most) } else { String::new() };
             // A column reaches a level when it fills more than the levels below.
-            let mark = |c: &u64| if u128::from(*c) * HEIGHT as u128 > u128::from(most) * u128::from(level) { '#' } else { ' ' };
+            let mark = |c: &u64| {
+                if u128::from(*c) * HEIGHT as u128 > u128::from(most) * u128::from(level) { '#' } else { ' ' }
+            };
             let bar: String = columns.iter().map(mark).collect();
             writeln!(f, "  {label:>9} |{}", bar.trim_end())?;
         }

@@ -189,7 +189,8 @@ impl fmt::Display for ModelReport {
             for c in &self.claims {
                 let verdict = if c.agrees { "agrees" } else { "differs" };
                 let numbers = [c.show(c.declared), c.show(c.computed)];
-                table.row([c.path.clone()].into_iter().chain(numbers).chain([verdict.to_owned(), c.meaning.to_owned()]));
+                table
+                    .row([c.path.clone()].into_iter().chain(numbers).chain([verdict.to_owned(), c.meaning.to_owned()]));
             }
             write!(f, "\ndeclared and computed sizes\n{table}")?;
         }

@@ -44,7 +44,7 @@ pub struct PlanReport {
     pub options: Vec<(String, String)>,
     /// Number of kernels.
     pub kernels: usize,
-    /// Number of kernel statements in all of them together.
+    /// Number of steps of all entry points together.
     pub steps: usize,
     /// Memory by kind.
     pub memory: Vec<Component>,
@@ -166,7 +166,8 @@ impl fmt::Display for PlanReport {
         for (name, value) in &self.options {
             writeln!(f, "  {name}: {value}")?;
         }
-        let head = ["entry", "steps", "kernels run", "flops", "ternary MACs", "arena", "lower bound", "arena/bound", "shared"];
+        let head =
+            ["entry", "steps", "kernels run", "flops", "ternary MACs", "arena", "lower bound", "arena/bound", "shared"];
         let mut table = Table::new(&head);
         for e in &self.entries {
             let ratio = percent(e.arena, e.arena_bound);
@@ -192,7 +193,7 @@ impl fmt::Display for PlanReport {
             let all: u64 = self.states.iter().map(|s| s.bytes).sum();
             let numbers = [String::new(), String::new(), bytes(all), bytes(all / rows)];
             table.row(["total".to_owned()].into_iter().chain(numbers));
-            write!(f, "\nstates of {} streams\n{table}", rows)?;
+            write!(f, "\nstates, batch rows: {rows}\n{table}")?;
         }
         Ok(())
     }

@@ -106,7 +106,8 @@ impl OpDef for Linear {
                 let p0 = cx.b.bind((part.group * all + &p) * (n * PANEL));
                 let col = cx.b.bind(p * PANEL);
                 let count = cx.b.bind((int(self.m) - &col).min(int(PANEL)));
-                row_tiles(cx, part.rows, part.known, TILE, &|cx, row, rows| {
+                // A tile of more rows than there are would reach beyond them.
+                row_tiles(cx, part.rows, part.known, TILE.min(rows), &|cx, row, rows| {
                     let x0 = cx.b.bind(row * n);
                     panel_product(cx, (x, &x0), (panels, &p0), (rows, n), &|cx, r, lane, y| {
                         cx.b.store(out, lane + r * PANEL, y);

@@ -96,7 +96,7 @@ impl OpDef for WindowAttention {
         let slots = ins[at.pk].ty.dims.iter().rev().nth(1).copied().expect("pk is a matrix");
         let ratio = rows / (ins[at.pk].ty.numel() / (slots * d));
         let mut out = vec![0.0; rows * tokens * d];
-        let before = |r: usize, h: usize| match self.cached() && pos[r * tokens] != 0 {
+        let before = |r: usize, h: usize| match self.cached() {
             true => ins[STATE + 2].to_i64()[r * self.heads + h].max(0) as usize,
             false => 0,
         };
@@ -181,9 +181,8 @@ impl OpDef for WindowAttention {
         }
         let [keys, values, count] = [STATE, STATE + 1, STATE + 2].map(|s| cx.buf(s));
         let cell = cx.bind(&f.r * self.heads + h);
-        let starts = Expr::load(cx.buf(f.at.pos), &f.row0).eq(i32c(0));
+        // Where a document starts, the tokens before it stay in the ring and are out of reach.
         let before = cx.bind(Expr::load(count, &cell).max(i32c(0)).cast(Ty::I64));
-        let before = cx.bind(starts.select(Expr::from(0), before));
         let f = Frame { cache: Some(Cache { keys, values, before: before.clone() }), ..f };
         cx.each_step(0, tokens, tile, |cx, first| f.tile(cx, tile, &first));
         let [kr, v] = [f.at.kr, f.at.v].map(|i| cx.buf(i));

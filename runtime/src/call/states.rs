@@ -3,7 +3,7 @@
 //! `state.{layer}.{iteration}.{name}`, `state.pos` and `state.seg`, row by row. What differs from a plan: positions and document ids are
 //! stored plus one, counters are 16 bits wide, and the window of an attention layer is a ring of `[rows, window, heads * K]` in which
 //! the token with the running number `c` lies in slot `c mod window`; outside it is `[rows, heads, n, K]` in the order of time with the
-//! latest `n = min(c, window - 1)` tokens, the only ones that a later token can see; a row whose document began later has zeros first.
+//! latest `n = min(c, window - 1)` tokens, the only ones that a later token can see; a row that has seen fewer than others has zeros first.
 
 use chimera_ir::DType as ElementType;
 use chimera_ir::plan::StateDecl;
@@ -98,7 +98,7 @@ where
     made.or_else(|e| bad(name, e.to_string()))
 }
 
-/// The number of tokens that the ring of each row has seen since it started; multiples of the window may be missing from it.
+/// The number of tokens that the ring of each row has seen; multiples of the window may be missing from it.
 fn seen(exe: &Executable, layer: usize, copy: usize, rows: usize) -> Result<Vec<usize>, CallError> {
     let counts = integers(exe.state(&format!("layers.{layer}.count"), copy)?, ElementType::I32);
     // All heads of a row count the same.

@@ -138,7 +138,7 @@ impl Lanes {
                 Stmt::Let(v, e) => {
                     let at = v.0 as usize;
                     let single = self.assigned[at] == 1;
-                    self.shapes[at] = match (self.shape(kernel, e), self.shapes[at]) {
+                    self.shapes[at] = match (self.shape(e), self.shapes[at]) {
                         (Shape::Uniform, old) => old,
                         (new, _) if single => new,
                         _ => Shape::Varying,
@@ -149,14 +149,14 @@ impl Lanes {
                 }
                 Stmt::Store(..) => {}
                 Stmt::For { var, lo, hi, step, body, .. } => {
-                    if [lo, hi].iter().any(|e| self.shape(kernel, e) != Shape::Uniform) {
+                    if [lo, hi].iter().any(|e| self.shape(e) != Shape::Uniform) {
                         return None;
                     }
                     self.facts[var.0 as usize] = Fact::counting(Fact::of(lo, &self.facts), *step);
                     self.block(kernel, body)?;
                 }
                 Stmt::If(c, a, b) => {
-                    if self.shape(kernel, c) != Shape::Uniform {
+                    if self.shape(c) != Shape::Uniform {
                         return None;
                     }
                     self.block(kernel, a)?;
@@ -182,21 +182,21 @@ impl Lanes {
     }
 
     /// The shape of an expression.
-    pub(super) fn shape(&self, kernel: &Kernel, e: &Expr) -> Shape {
+    pub(super) fn shape(&self, e: &Expr) -> Shape {
         use Shape::*;
         let uniform = |es: &[&Expr]| {
-            if es.iter().all(|e| self.shape(kernel, e) == Uniform) { Uniform } else { Varying }
+            if es.iter().all(|e| self.shape(e) == Uniform) { Uniform } else { Varying }
         };
         match e {
             Expr::F32(_) | Expr::F64(_) | Expr::I32(_) | Expr::Int(_) => Uniform,
             Expr::Var(v) => self.var(*v),
             Expr::Load(_, a) | Expr::Word(_, a) | Expr::Cast(_, a) => uniform(&[a]),
-            Expr::Un(Un::Neg, a) => affine(self.shape(kernel, a), Uniform, |x, _| x.wrapping_neg()),
+            Expr::Un(Un::Neg, a) => affine(self.shape(a), Uniform, |x, _| x.wrapping_neg()),
             Expr::Un(_, a) => uniform(&[a]),
             Expr::Cmp(_, a, b) => uniform(&[a, b]),
             Expr::Fma(a, b, c) | Expr::Dot4(a, b, c) | Expr::Select(a, b, c) => uniform(&[a, b, c]),
             Expr::Bin(op, a, b) => {
-                let (x, y) = (self.shape(kernel, a), self.shape(kernel, b));
+                let (x, y) = (self.shape(a), self.shape(b));
                 match (op, &**a, &**b) {
                     (Bin::Add, ..) => affine(x, y, i64::wrapping_add),
                     (Bin::Sub, ..) => affine(x, y, i64::wrapping_sub),
@@ -220,7 +220,7 @@ impl Lanes {
 
     /// Is the comparison one of two `I64` that are affine?
     pub(super) fn compares_indices(&self, kernel: &Kernel, e: &Expr) -> bool {
-        let index = |e: &Expr| kernel.ty(e) == Ty::I64 && self.shape(kernel, e) != Shape::Varying;
+        let index = |e: &Expr| kernel.ty(e) == Ty::I64 && self.shape(e) != Shape::Varying;
         matches!(e, Expr::Cmp(Cmp::Eq | Cmp::Ne | Cmp::Lt | Cmp::Le, a, b) if index(a) && index(b))
     }
 }

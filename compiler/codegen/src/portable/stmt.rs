@@ -2,7 +2,7 @@
 //!
 //! Loops test at the bottom. Locals are Cranelift variables, so that those which a loop changes become block parameters.
 
-use chimera_ir::loops::{Expr, GRID, Kernel, Mode, Role, Stmt, Ty, Var};
+use chimera_ir::loops::{Expr, GRID, Kernel, Mode, Stmt, Ty, Var};
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{InstBuilder, MemFlagsData, StackSlot, Value, types};
 use cranelift_codegen::isa::TargetFrontendConfig;
@@ -74,9 +74,6 @@ pub(super) fn lower(kernel: &Kernel, target: &Target, mut b: FunctionBuilder<'_>
         Place::Scratch(at) => b.ins().iadd_imm_s(scratch, *at as i64),
     };
     let bases = places(kernel).iter().map(base).collect();
-    debug_assert!(
-        kernel.bufs.iter().all(|b| b.role != Role::Scratch) || kernel.scratch_bytes() > 0 || kernel.grid == 0
-    );
     let n = kernel.vars.len();
     let mut lower = Lower {
         kernel,
@@ -115,7 +112,7 @@ impl Lower<'_, '_> {
     }
 
     pub(super) fn shape(&self, e: &Expr) -> Shape {
-        self.lanes.as_ref().map_or(Shape::Uniform, |l| l.shape(self.kernel, e))
+        self.lanes.as_ref().map_or(Shape::Uniform, |l| l.shape(e))
     }
 
     pub(super) fn stride(&self, v: Var) -> i64 {

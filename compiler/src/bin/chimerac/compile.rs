@@ -12,6 +12,7 @@ use chimera_compiler::{
 };
 use chimera_frontends::config::Loaded;
 use chimera_ir::plan::{self, Plan};
+use clap::builder::FalseyValueParser;
 use serde::Serialize;
 
 use crate::input;
@@ -119,7 +120,8 @@ fn compiled(loaded: &Loaded, args: &Args) -> Result<Plan, Compiled> {
 
 /// A plan that does not verify: its sizes are beyond what plans may have.
 pub(crate) fn check(plan: &Plan) -> Result<(), Failure> {
-    plan::verify(plan).map_err(|e| Failure::resource(format!("the model gives no valid plan: {e}; choose smaller sizes")))
+    plan::verify(plan)
+        .map_err(|e| Failure::resource(format!("the model gives no valid plan: {e}; choose smaller sizes")))
 }
 
 fn write(path: &Path, plan: &Plan, text: bool) -> Result<Written, Failure> {

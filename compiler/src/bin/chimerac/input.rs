@@ -34,7 +34,8 @@ pub(crate) fn read(args: &ModelArgs) -> Result<Input, Failure> {
         return model(args);
     }
     if args.overridden() {
-        let why = "--scale, --set and --vocab change configurations, and this is a plan; compile its configuration again";
+        let why =
+            "--scale, --set and --vocab change configurations, and this is a plan; compile its configuration again";
         return Err(Failure::usage(format!("{}: {why}", path.display())));
     }
     Ok(Input::Plan(Box::new(read_plan(path)?)))
@@ -73,7 +74,8 @@ fn is_plan(path: &Path) -> bool {
     }
     let mut first = vec![];
     let read = File::open(path).and_then(|f| f.take(TEXT.len() as u64).read_to_end(&mut first));
-    read.is_ok() && (first.starts_with(BINARY) || first.starts_with(TEXT) || path.extension().is_some_and(|e| e == "plan"))
+    read.is_ok()
+        && (first.starts_with(BINARY) || first.starts_with(TEXT) || path.extension().is_some_and(|e| e == "plan"))
 }
 
 fn read_plan(path: &Path) -> Result<Plan, Failure> {

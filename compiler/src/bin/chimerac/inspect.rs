@@ -8,7 +8,7 @@ use chimera_codegen::{Target, disassemble};
 use chimera_compiler::{compile_observed, inspect};
 use chimera_frontends::config::Loaded;
 use chimera_ir::plan::{Entry, Plan};
-use clap::ValueEnum;
+use clap::{ValueEnum, builder::FalseyValueParser};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -78,7 +78,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ENTRY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     dot: Option<String>,
     /// Show everything: all buffers of the memory map, kernels as kernel IR
-    #[arg(short, long, env = "CHIMERA_VERBOSE")]
+    #[arg(short, long, env = "CHIMERA_VERBOSE", value_parser = FalseyValueParser::new())]
     verbose: bool,
     /// Print JSON
     #[arg(long, env = "CHIMERA_JSON")]

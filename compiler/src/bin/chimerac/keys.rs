@@ -3,6 +3,7 @@
 //! Both print the table that loading uses; there is no second list.
 
 use chimera_frontends::config::{self, Disposition, Row, TABLE};
+use clap::builder::FalseyValueParser;
 use serde::Serialize;
 use std::fmt::Write;
 

@@ -14,7 +14,7 @@ use chimera_frontends::config::{
 };
 use chimera_frontends::layers::Depth;
 use chimera_ir::ops::Distribution;
-use clap::ValueEnum;
+use clap::{ValueEnum, builder::FalseyValueParser};
 
 /// Why a command ends, and its exit code.
 #[derive(Debug)]
@@ -185,8 +185,14 @@ pub(crate) enum Entries {
 #[derive(clap::Args, Debug)]
 pub(crate) struct BuildArgs {
     /// Entry points, separated by commas
-    #[arg(long, env = "CHIMERA_ENTRIES", value_enum, value_delimiter = ',', value_name = "ENTRY,...",
-        default_value = "loss,logits,prefill,decode,dual_loss,update")]
+    #[arg(
+        long,
+        env = "CHIMERA_ENTRIES",
+        value_enum,
+        value_delimiter = ',',
+        value_name = "ENTRY,...",
+        default_value = "loss,logits,prefill,decode,dual_loss,update"
+    )]
     pub(crate) entries: Vec<EntryName>,
     /// Sequences of a training batch: loss, dual_loss, update
     #[arg(long, env = "CHIMERA_ROWS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]

@@ -125,6 +125,9 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
     });
 }
 
+/// The codes of word `k` for the weight rows `8 q + lane` of a block.
+type Codes<'f> = &'f dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> [Expr; 4];
+
 /// The codes of four columns of one row of group `q` of a packed word.
 fn unpack(word: &Expr, q: usize) -> Expr {
     let word = if q == 0 { word.clone() } else { word.clone().shr(2 * q as i32) };
@@ -194,25 +197,21 @@ impl Parts<'_> {
         let a = at(cx, row * self.s.nc);
         let sums = at(cx, (row - first) * self.s.pieces());
         for w in 0..self.op.n_weights {
-            if self.t.panel {
+            let codes: Codes<'_> = if self.t.panel {
                 let base = w * self.s.np / 4 * BLOCK_ROWS;
-                let codes = |cx: &mut Lower<'_>, k: &Expr, lane: &Expr| {
-                    vec![cx.b.bind(Expr::load(self.panel, k * BLOCK_ROWS + lane + base))]
-                };
-                cx.lanes(0, BLOCK_ROWS, 4, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, &[0], &codes));
-                continue;
-            }
-            let base = cx.b.bind(self.packed_base(g, ob));
-            // Four chains a lane for one row, two passes of two for more.
-            let sets: &[&[usize]] = if rows == 1 { &[&[0, 1, 2, 3]] } else { &[&[0, 1], &[2, 3]] };
-            for set in sets {
-                let codes = |cx: &mut Lower<'_>, k: &Expr, lane: &Expr| {
+                &move |cx, k, lane| {
+                    let at = cx.b.bind(k * BLOCK_ROWS + lane + base);
+                    std::array::from_fn(|q| Expr::load(self.panel, &at + 8 * q))
+                }
+            } else {
+                let base = cx.b.bind(self.packed_base(g, ob));
+                &move |cx, k, lane| {
                     let word = cx.b.bind(Expr::word(self.weights[w].0, k * 8 + lane + &base));
-                    set.iter().map(|&q| cx.b.bind(unpack(&word, q))).collect()
-                };
-                let offsets: Vec<usize> = set.iter().map(|q| q * 8).collect();
-                cx.lanes(0, 8, 2, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, &offsets, &codes));
-            }
+                    std::array::from_fn(|q| unpack(&word, q))
+                }
+            };
+            let vectors = if rows == 1 { 2 } else { 1 };
+            cx.lanes(0, 8, vectors, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, codes));
         }
         let n = self.op.m;
         let col = cx.b.bind(ob * BLOCK_ROWS);
@@ -227,22 +226,12 @@ impl Parts<'_> {
         }
     }
 
-    /// All chains of one lane: `rows` rows times the weight rows `offsets + lane` of weight `w`. `base` are the first word, scale and
-    /// sum of the first row; `codes(k, lane)` gives the codes of word `k` for each offset.
-    #[allow(clippy::too_many_arguments, reason = "the body of one loop nest")]
-    fn chains(
-        &self,
-        cx: &mut Lower<'_>,
-        w: usize,
-        rows: usize,
-        base: [&Expr; 3],
-        lane: &Expr,
-        offsets: &[usize],
-        codes: &dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> Vec<Expr>,
-    ) {
+    /// All chains of one lane: `rows` rows times the weight rows `8 q + lane` of weight `w`. `base` are the first word, scale and sum of
+    /// the first row.
+    fn chains(&self, cx: &mut Lower<'_>, w: usize, rows: usize, base: [&Expr; 3], lane: &Expr, codes: Codes<'_>) {
         let s = self.s;
         let [x, a, sums] = base;
-        let each = || (0..rows).flat_map(|r| (0..offsets.len()).map(move |q| (r, q)));
+        let each = || (0..rows).flat_map(|r| (0..4).map(move |q| (r, q)));
         let y: Vec<_> = each().map(|_| cx.b.local(f32c(0.0))).collect();
         // The pieces of group `b`; `last` says how many words the last piece has.
         let group = |cx: &mut Lower<'_>, b: &Expr, pieces: usize, last: usize| {
@@ -256,11 +245,14 @@ impl Parts<'_> {
                 cx.each(0, words, |cx, k| {
                     let k = cx.b.bind(&k0 + k);
                     let codes = codes(cx, &k, lane);
-                    for r in 0..rows {
-                        let word = cx.b.bind(Expr::word(self.codes, x + &k + r * (s.np / 4)));
-                        for (q, code) in codes.iter().enumerate() {
-                            let p = p[r * offsets.len() + q];
-                            cx.b.set(p, Expr::from(p).dot4(code, &word));
+                    // The words of all rows and one vector of codes leave room for three rows of sums in 16 registers.
+                    let word = |r: usize| Expr::word(self.codes, x + &k + r * (s.np / 4));
+                    let words: Vec<Expr> = (0..rows).map(|r| cx.b.bind(word(r))).collect();
+                    for (q, code) in codes.into_iter().enumerate() {
+                        let code = cx.b.bind(code);
+                        for (r, word) in words.iter().enumerate() {
+                            let p = p[4 * r + q];
+                            cx.b.set(p, Expr::from(p).dot4(&code, word));
                         }
                     }
                 });
@@ -276,7 +268,7 @@ impl Parts<'_> {
                 piece(cx, &int(full), last);
             }
             for (i, (_, q)) in each().enumerate() {
-                let alpha = Expr::load(self.alpha, (b + w * s.nb) * BLOCK_ROWS + lane + offsets[q]);
+                let alpha = Expr::load(self.alpha, (b + w * s.nb) * BLOCK_ROWS + lane + 8 * q);
                 cx.b.set(y[i], alpha.fma(sum[i], y[i]));
             }
         };
@@ -288,7 +280,7 @@ impl Parts<'_> {
             group(cx, &int(full), last.len(), words);
         }
         for (i, (r, q)) in each().enumerate() {
-            cx.b.store(self.tile, lane + (w * self.t.tile + r) * BLOCK_ROWS + offsets[q], y[i]);
+            cx.b.store(self.tile, lane + (w * self.t.tile + r) * BLOCK_ROWS + 8 * q, y[i]);
         }
     }
 }

@@ -8,6 +8,7 @@ use chimera_ir::ops::Distribution;
 use chimera_runtime::train::Decay;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 /// How directions become a step.
@@ -97,6 +98,9 @@ pub struct HyperArgs {
     /// Weight decay of ternary matrices (mezo) [default: 0]
     #[arg(long, env = "CHIMERA_WEIGHT_DECAY", value_parser = share)]
     pub weight_decay: Option<f64>,
+    /// Train only the weights whose names match one of these patterns, separated by commas; `*` stands for any characters
+    #[arg(long, env = "CHIMERA_ONLY", value_name = "PATTERN,...")]
+    pub only: Option<String>,
     /// Seed of weights, directions and the order of the data [default: 0]
     #[arg(short, long, env = "CHIMERA_SEED")]
     pub seed: Option<u64>,
@@ -140,6 +144,8 @@ pub struct Hyper {
     pub eps: f64,
     pub eps_rel: Option<f64>,
     pub weight_decay: f64,
+    /// Patterns of the names of weights that are trained; all when absent.
+    pub only: Option<String>,
     pub seed: u64,
     pub val_fraction: f64,
     /// Steps in all, if that is what ends the run.
@@ -178,6 +184,7 @@ impl HyperArgs {
             eps: self.eps.unwrap_or(1e-3),
             eps_rel: self.eps_rel,
             weight_decay: self.weight_decay.unwrap_or(0.0),
+            only: self.only.clone(),
             seed: self.seed.unwrap_or(0),
             val_fraction: self.val_fraction.unwrap_or(0.05),
             steps: None,
@@ -192,13 +199,13 @@ impl HyperArgs {
         let mut out = vec![];
         macro_rules! put {
             ($($field:ident),*) => {
-                $(if let Some(x) = self.$field {
+                $(if let Some(x) = &self.$field {
                     out.push((stringify!($field), serde_json::json!(x)));
                 })*
             };
         }
         put!(seq_len, batch, lr, lr_floor, warmup, estimator, rank, kappa, sigma, momentum, vec_scale, mode);
-        put!(directions, distribution, eps, eps_rel, weight_decay, seed, val_fraction);
+        put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
     }
@@ -234,15 +241,35 @@ impl Hyper {
     /// When options ask for another shape, or for an estimator, which a plan has built in.
     pub fn shaped(mut self, rows: usize, tokens: usize, args: &HyperArgs) -> Result<Hyper, Failure> {
         (self.batch, self.seq_len) = (rows as u32, tokens as u32);
-        let built_in = ["estimator", "rank", "kappa", "sigma", "momentum", "vec_scale", "mode", "directions", "distribution", "eps"];
+        const BUILT_IN: [&str; 13] = [
+            "estimator", "rank", "kappa", "sigma", "momentum", "vec_scale", "mode", "directions", "distribution", "eps", "eps_rel",
+            "weight_decay", "only",
+        ];
         for (key, _) in args.given() {
-            if built_in.contains(&key) || ["eps_rel", "weight_decay"].contains(&key) {
+            if BUILT_IN.contains(&key) {
                 let flag = key.replace('_', "-");
                 return Err(Failure::usage(format!("--{flag} is built into a compiled plan; name the configuration instead")));
             }
         }
         self.agrees(&args.given(), "the plan has")?;
         Ok(self)
+    }
+
+    /// The names among `weights` that are trained; nothing for all.
+    ///
+    /// # Errors
+    /// A pattern that no name matches.
+    pub fn trainable<'a>(&self, weights: impl Iterator<Item = &'a str> + Clone) -> Result<Option<HashSet<String>>, Failure> {
+        let Some(only) = &self.only else { return Ok(None) };
+        let mut out = HashSet::new();
+        for pattern in only.split(',').map(str::trim) {
+            let before = out.len();
+            out.extend(weights.clone().filter(|name| matches(pattern, name)).map(str::to_owned));
+            if out.len() == before && !weights.clone().any(|name| matches(pattern, name)) {
+                return Err(Failure::usage(format!("--only: no weight matches {pattern:?}; the names are those of `chimerac inspect`")));
+            }
+        }
+        Ok(Some(out))
     }
 
     /// The estimator for the compiler.
@@ -277,6 +304,17 @@ impl Hyper {
     }
 }
 
+/// Whether a name matches a pattern in which `*` stands for any characters.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, rest)) => name.strip_prefix(head).is_some_and(|name| {
+            let starts = name.char_indices().map(|c| c.0).chain([name.len()]);
+            starts.into_iter().any(|at| matches(rest, &name[at..]))
+        }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,6 +344,21 @@ mod tests {
         assert!(args.fresh().shaped(8, 32, &args).is_err());
         let args = HyperArgs { rank: Some(1), ..HyperArgs::default() };
         assert!(args.fresh().shaped(8, 32, &args).expect_err("built in").message.contains("--rank"));
+    }
+
+    #[test]
+    fn patterns_choose_weights() {
+        let names = ["embed.weight", "layers.0.attn_norm.weight", "layers.10.attn_norm.weight", "norm.weight"];
+        let chosen = |only: &str| {
+            let hyper = HyperArgs { only: Some(only.into()), ..HyperArgs::default() }.fresh();
+            let set = hyper.trainable(names.into_iter()).map_err(|e| e.code)?.expect("a choice");
+            Ok::<_, u8>(names.map(|n| set.contains(n)))
+        };
+        assert_eq!(chosen("embed.weight, norm.weight"), Ok([true, false, false, true]));
+        assert_eq!(chosen("*norm*"), Ok([false, true, true, true]));
+        assert_eq!(chosen("layers.1*.weight"), Ok([false, false, true, false]));
+        assert_eq!(chosen("layers.3.*"), Err(2));
+        assert_eq!(HyperArgs::default().fresh().trainable(names.into_iter()).expect("no choice"), None);
     }
 
     #[test]

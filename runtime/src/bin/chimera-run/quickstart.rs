@@ -5,7 +5,7 @@
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::compile_entries;
 use crate::options::{Failure, RunOptions as ExecArgs};
-use crate::session::{Interrupt, Reporter, training_entries};
+use crate::session::{Interrupt, Reporter, training_plan};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, ModelConfig, Overrides, Scale};
 use chimera_runtime::exec::Executable;
@@ -60,7 +60,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (batches, validation) = data(&vocab, &hyper)?;
     let reporter = Reporter::new(None, false, false);
     let entropy = text::unigram_bits_per_byte(&vocab, batches.stream().tokens()).unwrap_or(f64::NAN);
-    let mut exec = Executable::new(compile_entries(&model, training_entries(&model, &hyper), &args.exec.target)?, &args.exec.exec())?;
+    let mut exec = Executable::new(training_plan(&model, &hyper, &args.exec.target)?, &args.exec.exec())?;
     init::initialise(&mut exec, hyper.seed)?;
     reporter.say(&format!(
         "a byte-level model of {} parameters, trained on {} KB of this project's own text for {} s by comparing losses, without back-propagation",

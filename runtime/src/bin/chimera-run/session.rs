@@ -4,8 +4,10 @@
 
 use crate::hyper::Hyper;
 use crate::options::Failure;
-use chimera_compiler::{EntryKind, EntrySpec};
-use chimera_frontends::config::ModelConfig;
+use chimera_codegen::Target;
+use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
+use chimera_frontends::config::{ModelConfig, parameters};
+use chimera_ir::plan::Plan;
 use chimera_runtime::train::metrics::{Log, StepMetrics};
 use chimera_runtime::train::{Event, TrainError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -46,6 +48,17 @@ impl Interrupt {
     pub fn requested(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+/// The plan of a run.
+///
+/// # Errors
+/// When the configuration cannot be compiled, or a pattern of `--only` matches nothing.
+pub fn training_plan(config: &ModelConfig, hyper: &Hyper, target: &Target) -> Result<Plan, Failure> {
+    let parameters = parameters(config);
+    let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
+    let entries = training_entries(config, hyper);
+    Ok(compile(config, &Options { target: target.to_string(), entries, trainable, ..Options::default() })?)
 }
 
 /// The entry points of a training plan.

@@ -6,7 +6,7 @@
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
-use crate::session::{Interrupt, Reporter, training_entries};
+use crate::session::{Interrupt, Reporter, training_entries, training_plan};
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
 use chimera_runtime::text::{self, Batches, Split, TextError, TokenSource, TokenStream, Vocab, VocabSpec};
@@ -238,7 +238,10 @@ fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failur
             hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
         }
     }
-    model.plan(training_entries(&model.config, hyper), &args.exec.target)
+    match &model.source {
+        Source::Plan(_) => model.plan(training_entries(&model.config, hyper), &args.exec.target),
+        _ => training_plan(&model.config, hyper, &args.exec.target),
+    }
 }
 
 /// What identifies data: number and checksum of all tokens.

@@ -1,7 +1,5 @@
 //! Properties of the emitted code and of the choice of emitters.
 
-mod support;
-
 use chimera_codegen::{Allowed, CodegenError, Target, assemble, compile, disassemble, host};
 use chimera_ir::DType;
 use chimera_ir::loops::tile::Product;
@@ -156,12 +154,12 @@ fn entries_outlive_their_module_and_run_on_many_threads() {
     std::thread::scope(|scope| {
         for (entry, kernel) in entries.iter().zip(&kernels) {
             scope.spawn(move || {
-                let contents = support::contents(kernel, 1);
+                let contents = crate::support::contents(kernel, 1);
                 let mut args = contents.clone();
                 let table: Vec<*mut u8> = args.iter_mut().map(|a| a.as_mut_ptr()).collect();
                 // SAFETY: one buffer of the declared length for every argument, no scratch memory, the whole grid.
                 unsafe { entry.call(table.as_ptr(), std::ptr::null_mut(), 0, 1) };
-                assert_eq!(args, support::run(kernel, &host(), "interp", &contents));
+                assert_eq!(args, crate::support::run(kernel, &host(), "interp", &contents));
             });
         }
     });

@@ -2,11 +2,9 @@
 //!
 //! Indices stay in bounds by construction; `ToBits` is applied to loaded values only, because payloads of NaN may differ.
 
-mod support;
-
+use crate::support::{Random, check};
 use chimera_ir::DType;
 use chimera_ir::loops::{Acc, Bin, Buf, Builder, Cmp, Expr, Kernel, Role, Ty, Un, f32c, f64c, i32c, int};
-use support::{Random, check};
 
 const LEN: usize = 600;
 

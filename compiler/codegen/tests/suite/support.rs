@@ -7,21 +7,21 @@ use chimera_ir::DType;
 use chimera_ir::loops::{Kernel, Role, verify};
 
 /// A small deterministic generator of numbers.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn bits(&mut self) -> u64 {
+    pub(crate) fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.bits() % n as u64) as usize
     }
 
-    pub fn chance(&mut self, percent: usize) -> bool {
+    pub(crate) fn chance(&mut self, percent: usize) -> bool {
         self.below(100) < percent
     }
 
@@ -60,7 +60,7 @@ impl Guarded {
 }
 
 /// Start contents of every argument. A byte buffer whose name begins with `codes` holds 0, 1, 2 and 3.
-pub fn contents(kernel: &Kernel, seed: u64) -> Vec<Vec<u8>> {
+pub(crate) fn contents(kernel: &Kernel, seed: u64) -> Vec<Vec<u8>> {
     let mut r = Random(seed);
     let args = kernel.bufs.iter().filter(|b| b.role != Role::Scratch);
     args.map(|b| {
@@ -78,7 +78,7 @@ pub fn contents(kernel: &Kernel, seed: u64) -> Vec<Vec<u8>> {
 }
 
 /// What a kernel leaves in its arguments.
-pub fn run(kernel: &Kernel, target: &Target, emitters: &str, contents: &[Vec<u8>]) -> Vec<Vec<u8>> {
+pub(crate) fn run(kernel: &Kernel, target: &Target, emitters: &str, contents: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let module = compile(&[kernel], target, &Allowed::parse(emitters).unwrap()).unwrap();
     let mut args: Vec<Guarded> = contents.iter().map(|c| Guarded::new(c)).collect();
     let table: Vec<*mut u8> = args.iter_mut().map(|a| a.bytes[a.start..].as_mut_ptr()).collect();
@@ -92,7 +92,7 @@ pub fn run(kernel: &Kernel, target: &Target, emitters: &str, contents: &[Vec<u8>
 }
 
 /// The targets that this machine can run, beginning with the least.
-pub fn targets() -> Vec<Target> {
+pub(crate) fn targets() -> Vec<Target> {
     let names = ["x86-64-v2", "x86-64-v3", "x86-64-v3+avxvnni", "x86-64-v4", "aarch64", "host"];
     let all = names.into_iter().map(|n| n.parse::<Target>().unwrap());
     all.filter(|t| t.runs_on(&chimera_codegen::host())).collect()
@@ -111,7 +111,7 @@ fn canonical(dtype: DType, bytes: &[u8]) -> Vec<u64> {
 }
 
 /// The portable emitter must leave what the interpreter leaves, on every target at hand, and must serve the kernel on the host.
-pub fn check(kernel: &Kernel) {
+pub(crate) fn check(kernel: &Kernel) {
     verify(kernel).unwrap();
     for seed in 0..2 {
         let contents = contents(kernel, seed);

@@ -1,11 +1,9 @@
 //! Hand-written kernels: the portable emitter agrees with the interpreter bit for bit.
 
-mod support;
-
+use crate::support::check;
 use chimera_ir::DType;
 use chimera_ir::loops::tile::Product;
 use chimera_ir::loops::{Acc, Bin, Builder, Cmp, Expr, Kernel, Mode, Role, Stmt, Ty, Un, f32c, f64c, i32c, int, math};
-use support::check;
 
 fn un(op: Un, a: Expr) -> Expr {
     Expr::Un(op, Box::new(a))

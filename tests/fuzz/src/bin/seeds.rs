@@ -1,0 +1,110 @@
+//! Writes the valid files that every corpus begins with: `seeds FOLDER`.
+//!
+//! The same files every time; what fuzzing found stands beside them under other names.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use chimera_compiler::{EntryKind, Options, compile_graphs};
+use chimera_frontends::config::{Overrides, Scale, preset};
+use chimera_ir::graph::Repeat;
+use chimera_ir::ops::{Binary, BinaryFn, InferError, Linear, Norm, NormKind, PackPanels, Unary, UnaryFn};
+use chimera_ir::plan::{self, Plan, WeightKind};
+use chimera_ir::{Graph, Tensor, Type};
+use chimera_runtime::files::b158::{self, Entry, ScaleEncoding, ScaleMode, ternarise};
+use chimera_runtime::files::{HostTensor, npy, safetensors};
+use chimera_runtime::text::Vocab;
+
+/// A graph with an input, weights, a state, a loop and a literal.
+fn graph() -> Result<Graph, InferError> {
+    let ty = Type::f32(&[2, 8]);
+    let mut body = Graph::default();
+    body.at("loop");
+    let (counter, h, gain) = (body.input("i", Type::i32(&[1])), body.input("h", ty.clone()), body.input("gain", Type::f32(&[8])));
+    let next = body.op(Norm { kind: NormKind::Rms, width: 8, eps: 1e-6 }, &[h, gain])?;
+    let again = body.constant(Tensor::i32(&[1], vec![1]));
+    body.outputs = vec![("h".to_owned(), next), ("again".to_owned(), again)];
+    let mut g = Graph::default();
+    g.at("layers.0");
+    let x = g.input("x", ty.clone());
+    let weight = g.param("layers.0.weight", Type::f32(&[8, 8]));
+    let gain = g.param("layers.0.norm.weight", Type::f32(&[8]));
+    let panels = g.op(PackPanels {}, &[weight])?;
+    let y = g.op(Linear { m: 8, grouped_rows: false }, &[x, panels])?;
+    let repeat = Repeat { body, args: vec![counter, h, gain], n_carried: 1, max: 2 };
+    let y = g.repeat(repeat, &[y, gain])?[0];
+    let before = g.state("layers.0.S", ty);
+    let half = g.op(Unary { f: UnaryFn::Affine { mul: 0.5, add: 0.25 } }, &[before])?;
+    let after = g.op(Binary { f: BinaryFn::Add }, &[y, half])?;
+    g.outputs = vec![("y".to_owned(), after)];
+    g.writes = vec![("layers.0.S".to_owned(), after)];
+    Ok(g)
+}
+
+fn small_plan() -> Result<Plan, Box<dyn Error>> {
+    let kinds = [("layers.0.weight", WeightKind::Matrix), ("layers.0.norm.weight", WeightKind::Vector)];
+    let kinds = kinds.into_iter().map(|(n, k)| (n.to_owned(), k)).collect();
+    let start = Plan { config: "{}".to_owned(), target: "x86-64-v3".to_owned(), ..Plan::default() };
+    Ok(compile_graphs(start, vec![(EntryKind::Logits, 2, graph()?)], &kinds, &Options::default())?)
+}
+
+fn numbers(n: usize) -> Vec<f32> {
+    (0..n).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let root = PathBuf::from(std::env::args_os().nth(1).ok_or("usage: seeds FOLDER")?);
+    let folder = |name: &str| -> Result<PathBuf, std::io::Error> {
+        let path = root.join(name);
+        fs::create_dir_all(&path)?;
+        Ok(path)
+    };
+    let put = |folder: &Path, name: &str, bytes: &[u8]| fs::write(folder.join(name), bytes);
+
+    let at = folder("config")?;
+    for scale in [Scale::Pico, Scale::Nano, Scale::Test] {
+        let text = preset(scale, &Overrides::default())?.model.to_json().to_string();
+        put(&at, &format!("seed-{scale}.json"), text.as_bytes())?;
+    }
+    put(&at, "seed-empty.json", b"{}")?;
+    put(&at, "seed-wrong.json", b"{\n  \"hiden_size\": 64,\n  \"num_heads\": \"four\",\n  \"vocab_size\": -1, \"head_dim\": 1e400\n}\n")?;
+
+    let at = folder("plan")?;
+    let plan = small_plan()?;
+    put(&at, "seed-small.plan", &plan::to_bytes(&plan))?;
+    put(&at, "seed-small.txt", plan::to_text(&plan).as_bytes())?;
+    put(&at, "seed-empty.plan", &plan::to_bytes(&Plan::default()))?;
+    put(&at, "seed-empty.txt", plan::to_text(&Plan::default()).as_bytes())?;
+
+    let at = folder("b158")?;
+    let metadata = BTreeMap::from([("config".to_owned(), "{}".to_owned()), ("step".to_owned(), "7".to_owned())]);
+    let latents = numbers(40 * 130);
+    let matrix = ternarise(&latents, 40, 130, 128, 0.5, ScaleMode::PerGroup);
+    let ternary = |scales| Entry::ternary("layers.0.attn.q_proj.weight", 40, 130, &matrix, scales);
+    let (small, table) = (numbers(12), numbers(33));
+    let plain = [Entry::f32("norm.weight", &[12], &small), Entry::bf16("embed.weight", &[11, 3], &table), Entry::i32("load", &[2], &[1, -1])];
+    b158::write(&at.join("seed-plain.b158"), &plain, &metadata)?;
+    b158::write(&at.join("seed-ternary-f32.b158"), &[ternary(ScaleEncoding::F32)], &BTreeMap::new())?;
+    b158::write(&at.join("seed-ternary-bf16.b158"), &[ternary(ScaleEncoding::Bf16)], &metadata)?;
+    b158::write(&at.join("seed-empty.b158"), &[], &BTreeMap::new())?;
+
+    let (npys, safes) = (folder("npy")?, folder("safetensors")?);
+    let floats = HostTensor::from_f32(&[3, 5], &numbers(15))?;
+    let words = HostTensor::from_i32(&[2, 2], &[0, -100, 7, i32::MAX])?;
+    let longs = HostTensor::from_i64(&[4], &[0, -1, i64::MAX, i64::MIN])?;
+    let scalar = HostTensor::from_f32(&[], &[1.5])?;
+    for (name, tensor) in [("floats", &floats), ("words", &words), ("longs", &longs), ("scalar", &scalar)] {
+        npy::write(&npys.join(format!("seed-{name}.npy")), tensor.view())?;
+    }
+    let tensors = [("floats", floats.view()), ("longs", longs.view()), ("scalar", scalar.view()), ("words", words.view())];
+    safetensors::write(&safes.join("seed-four.safetensors"), &tensors, &metadata)?;
+    safetensors::write(&safes.join("seed-empty.safetensors"), &[], &BTreeMap::new())?;
+
+    let at = folder("vocab")?;
+    put(&at, "seed-bytes.vocab", Vocab::bytes().to_text().as_bytes())?;
+    put(&at, "seed-o200k.vocab", Vocab::o200k().to_text().as_bytes())?;
+    put(&at, "seed-restricted.vocab", Vocab::restricted([300, 301, 302, 5000]).to_text().as_bytes())?;
+    Ok(())
+}

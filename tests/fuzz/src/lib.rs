@@ -1,0 +1,215 @@
+//! The entry points of fuzzing: every reader of outside bytes, and what must hold of whatever it accepts.
+//!
+//! A function returns for every input; a panic is a finding. Checksums keep random damage out, so inputs are read twice: as they are, and
+//! with checksums and lengths made right.
+
+use chimera_frontends::config::{self, Overrides};
+use chimera_ir::plan;
+use chimera_runtime::files::b158::{self, B158};
+use chimera_runtime::files::npy;
+use chimera_runtime::files::safetensors::SafeTensors;
+use chimera_runtime::text::Vocab;
+
+/// A fuzz target.
+pub type Target = fn(&[u8]);
+
+/// All targets by name; the corpus of each is the folder of that name.
+pub const TARGETS: [(&str, Target); 6] =
+    [("config", config), ("plan", plan), ("b158", b158), ("safetensors", safetensors), ("npy", npy), ("vocab", vocab)];
+
+/// Errors are sentences.
+fn sentence(e: &dyn std::fmt::Display) {
+    assert!(!e.to_string().is_empty(), "an error says what is wrong");
+}
+
+/// A configuration: what is accepted can be counted, and its canonical form is the same model.
+pub fn config(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match config::from_text("input.json", text, &Overrides::default()) {
+        Ok(loaded) => {
+            let model = &loaded.model;
+            let _ = (config::parameter_count(model), config::active_parameters(model, 1), config::claims(&loaded).len());
+            let _ = (config::parts(model).len(), config::state_memory(model, 1).len());
+            let canonical = model.to_json().to_string();
+            let again = config::from_text("canonical.json", &canonical, &Overrides::default());
+            let again = again.unwrap_or_else(|e| panic!("the canonical form is refused: {e}\n{canonical}"));
+            assert_eq!(&again.model, model, "the canonical form is another model");
+        }
+        Err(e) => sentence(&e),
+    }
+}
+
+/// A plan in binary or text form: what is accepted is written and read back to the same bytes.
+pub fn plan(data: &[u8]) {
+    plan_once(data);
+    plan_once(&repaired_plan(data));
+}
+
+fn plan_once(data: &[u8]) {
+    let found = match std::str::from_utf8(data) {
+        Ok(text) if !data.starts_with(b"CHIMPLAN") => plan::from_text(text),
+        _ => plan::from_bytes(data),
+    };
+    let plan = match found {
+        Ok(plan) => plan,
+        Err(e) => return sentence(&e),
+    };
+    let (bytes, text) = (plan::to_bytes(&plan), plan::to_text(&plan));
+    // Compared as written, because a plan may hold numbers that are not equal to themselves.
+    let again = plan::from_bytes(&bytes).unwrap_or_else(|e| panic!("the binary form is refused: {e}"));
+    assert!(plan::to_bytes(&again) == bytes, "the binary form changes");
+    let again = plan::from_text(&text).unwrap_or_else(|e| panic!("the text form is refused: {e}"));
+    assert!(plan::to_text(&again) == text, "the text form changes");
+}
+
+/// The same content behind a header that agrees with it.
+fn repaired_plan(data: &[u8]) -> Vec<u8> {
+    const HEADER: usize = 24;
+    if data.starts_with(b"CHIMPLAN") && data.len() >= HEADER {
+        let body = &data[HEADER..];
+        let mut out = b"CHIMPLAN".to_vec();
+        out.extend(plan::VERSION.to_le_bytes());
+        out.extend((body.len() as u64).to_le_bytes());
+        out.extend(crc32c::crc32c(body).to_le_bytes());
+        out.extend(body);
+        return out;
+    }
+    let body = data.iter().position(|&b| b == b'\n').map_or(data, |at| &data[at + 1..]);
+    let mut out = format!("chimera-plan {} crc32c {:08x}\n", plan::VERSION, crc32c::crc32c(body)).into_bytes();
+    out.extend(body);
+    out
+}
+
+/// A weight container: what is accepted can be read to the last tensor, or says which one is damaged.
+pub fn b158(data: &[u8]) {
+    b158_once(data);
+    b158_once(&repaired_b158(data));
+}
+
+fn b158_once(data: &[u8]) {
+    let file = match B158::from_bytes(data) {
+        Ok(file) => file,
+        Err(e) => return sentence(&e),
+    };
+    let whole = file.verify_all();
+    if let Err(e) = &whole {
+        sentence(e);
+    }
+    let mut all = true;
+    for (name, _, shape) in file.iter() {
+        match file.require(name) {
+            Ok(tensor) => {
+                let n: usize = shape.iter().product();
+                assert_eq!(tensor.to_f32().len(), n, "{name}");
+                let _ = (tensor.scales(), tensor.to_host());
+            }
+            Err(e) => {
+                all = false;
+                sentence(&e);
+            }
+        }
+    }
+    assert_eq!(all, whole.is_ok(), "verification and reading agree");
+}
+
+/// A little-endian number at `at`.
+fn number<const N: usize>(data: &[u8], at: usize) -> Option<usize> {
+    let bytes = data.get(at..)?.first_chunk::<N>()?;
+    let mut wide = [0; 8];
+    wide[..N].copy_from_slice(bytes);
+    usize::try_from(u64::from_le_bytes(wide)).ok()
+}
+
+/// The same table and data behind a prologue and checksums that agree with them, as far as the table makes sense.
+fn repaired_b158(data: &[u8]) -> Vec<u8> {
+    const PROLOGUE: usize = 32;
+    let mut out = data.to_vec();
+    if out.len() < PROLOGUE {
+        return out;
+    }
+    out[..8].copy_from_slice(&b158::MAGIC);
+    out[8..12].copy_from_slice(&b158::VERSION.to_le_bytes());
+    let length = out.len() as u64;
+    out[24..32].copy_from_slice(&length.to_le_bytes());
+    let _ = repair_tensors(&mut out, PROLOGUE);
+    let end = number::<4>(&out, 20).and_then(|table| table.checked_add(PROLOGUE)).filter(|end| *end + 4 <= out.len());
+    if let Some(end) = end {
+        let sum = crc32c::crc32c(&out[..end]);
+        out[end..end + 4].copy_from_slice(&sum.to_le_bytes());
+    }
+    out
+}
+
+/// Checksums of the tensors of a table; `None` where the table ends or contradicts itself.
+fn repair_tensors(out: &mut [u8], mut at: usize) -> Option<()> {
+    let (tensors, metadata) = (number::<4>(out, 12)?, number::<4>(out, 16)?);
+    for _ in 0..metadata.checked_mul(2)? {
+        at = at.checked_add(4)?.checked_add(number::<4>(out, at)?)?;
+    }
+    for _ in 0..tensors {
+        at = at.checked_add(4)?.checked_add(number::<4>(out, at)?)?;
+        let rank = number::<1>(out, at.checked_add(2)?)?;
+        at += 12 + 8 * rank;
+        let (start, length) = (number::<8>(out, at)?, number::<8>(out, at + 8)?);
+        let sum = crc32c::crc32c(out.get(start..start.checked_add(length)?)?);
+        out.get_mut(at + 16..at + 20)?.copy_from_slice(&sum.to_le_bytes());
+        at += 20;
+    }
+    Some(())
+}
+
+/// A safetensors file: what is accepted can be read to the last element.
+pub fn safetensors(data: &[u8]) {
+    match SafeTensors::from_bytes(data) {
+        Ok(file) => {
+            assert_eq!(file.names().len(), file.iter().len());
+            for (name, tensor) in file.iter() {
+                let n: usize = tensor.shape().iter().product();
+                assert_eq!(tensor.to_f32().len(), n, "{name}");
+                assert!(tensor.to_i64().is_ok_and(|v| v.len() == n) || tensor.to_i64().is_err());
+                assert_eq!(tensor.to_owned().view().bytes(), tensor.bytes());
+            }
+        }
+        Err(e) => sentence(&e),
+    }
+}
+
+/// An array of NumPy: what is accepted can be read to the last element.
+pub fn npy(data: &[u8]) {
+    match npy::from_bytes(data) {
+        Ok(tensor) => {
+            let n: usize = tensor.shape().iter().product();
+            assert_eq!(tensor.to_f32().len(), n);
+            let _ = tensor.to_i64();
+        }
+        Err(e) => sentence(&e),
+    }
+}
+
+/// A saved vocabulary: what is accepted is written and read back, and encodes any text.
+pub fn vocab(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    vocab_once(text);
+    vocab_once(&repaired_vocab(text));
+}
+
+fn vocab_once(text: &str) {
+    match Vocab::from_text(text) {
+        Ok(vocab) => {
+            let again = Vocab::from_text(&vocab.to_text()).unwrap_or_else(|e| panic!("the written form is refused: {e}"));
+            assert!(again == vocab, "the written form is another vocabulary");
+            let ids = vocab.encode("a word, ein Wörtchen\n");
+            assert!(ids.iter().all(|&id| (id as usize) < vocab.size() && vocab.is_assigned(id)));
+            assert_eq!(vocab.decode(&ids), "a word, ein Wörtchen\n".as_bytes());
+        }
+        Err(e) => sentence(&e),
+    }
+}
+
+/// The same ranges behind a checksum that agrees with them.
+fn repaired_vocab(text: &str) -> String {
+    let mut lines = text.split_inclusive('\n');
+    let head: String = lines.by_ref().take(3).collect();
+    let ranges: String = lines.skip(1).collect();
+    format!("{head}crc32c {:08x}\n{ranges}", crc32c::crc32c(ranges.as_bytes()))
+}
