@@ -174,10 +174,8 @@ pub fn compile_observed(
     options: &Options,
     observer: &mut Observer<'_>,
 ) -> Result<Plan, CompileError> {
-    if let Some(stage) = &options.stop_after {
-        if !STAGES.contains(&stage.as_str()) {
-            return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
-        }
+    if let Some(stage) = options.stop_after.as_ref().filter(|s| !STAGES.contains(&s.as_str())) {
+        return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
     }
     let kinds = weight_kinds(cfg);
     let mut graphs = vec![];

@@ -169,10 +169,6 @@ fn every_stage_can_be_the_last_and_is_dumped() {
 
 #[test]
 fn the_number_of_rewrites_is_bounded() {
-    let kernels = |n: &str| {
-        let args = ["compile", "--scale", "pico", "--tokens", "8", "--entries", "loss", "--max-rewrites", n, "--json"];
-        good_json(&args)["plan"]["kernels"].as_u64().expect("a number")
-    };
     let steps = |n: &str| {
         let args = ["compile", "--scale", "pico", "--tokens", "8", "--entries", "loss", "--max-rewrites", n, "--json"];
         let report = good_json(&args);
@@ -181,7 +177,6 @@ fn the_number_of_rewrites_is_bounded() {
     };
     let (none, some, all) = (steps("0"), steps("20"), steps("1000000"));
     assert!(none > some && some > all, "{none} {some} {all}");
-    assert!(kernels("0") > 0);
 }
 
 #[test]

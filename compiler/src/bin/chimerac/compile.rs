@@ -37,7 +37,7 @@ pub(crate) struct Args {
     #[arg(short, long, env = "CHIMERA_OUTPUT", value_name = "PLAN")]
     output: Option<PathBuf>,
     /// Write the text form; also chosen by a name that ends in .txt
-    #[arg(long, env = "CHIMERA_TEXT")]
+    #[arg(long, env = "CHIMERA_TEXT", value_parser = FalseyValueParser::new())]
     text: bool,
     /// Stop behind this stage and print what it made
     #[arg(long, env = "CHIMERA_STOP_AFTER", value_name = "STAGE", conflicts_with = "output")]
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     #[arg(long, env = "CHIMERA_DUMP_PHASES", value_name = "DIR")]
     dump_phases: Option<PathBuf>,
     /// Print JSON
-    #[arg(long, env = "CHIMERA_JSON")]
+    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 

@@ -75,13 +75,13 @@ pub(crate) struct Args {
     #[arg(long, env = "CHIMERA_ASM", value_name = "KERNEL", conflicts_with = "dot")]
     asm: Option<String>,
     /// Print the steps of an entry point (of all when none is named) in the DOT language instead
-    #[arg(long, value_name = "ENTRY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    #[arg(long, env = "CHIMERA_DOT", value_name = "ENTRY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     dot: Option<String>,
     /// Show everything: all buffers of the memory map, kernels as kernel IR
     #[arg(short, long, env = "CHIMERA_VERBOSE", value_parser = FalseyValueParser::new())]
     verbose: bool,
     /// Print JSON
-    #[arg(long, env = "CHIMERA_JSON")]
+    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct KeysArgs {
     #[arg(value_name = "TEXT")]
     text: Option<String>,
     /// Print JSON
-    #[arg(long, env = "CHIMERA_JSON")]
+    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 
@@ -32,7 +32,7 @@ pub(crate) struct KeysArgs {
 #[command(after_help = "Example:\n  chimerac schema > chimera.schema.json")]
 pub(crate) struct SchemaArgs {
     /// Accepted for uniformity: a schema is JSON
-    #[arg(long, env = "CHIMERA_JSON")]
+    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 

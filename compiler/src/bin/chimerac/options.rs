@@ -207,10 +207,10 @@ pub(crate) struct BuildArgs {
     #[arg(long, env = "CHIMERA_LOOPS", value_name = "N")]
     pub(crate) loops: Option<usize>,
     /// Take the iterations of every row from an input `depth`; --loops is the most
-    #[arg(long, env = "CHIMERA_LOOPS_PER_ROW")]
+    #[arg(long, env = "CHIMERA_LOOPS_PER_ROW", value_parser = FalseyValueParser::new())]
     pub(crate) loops_per_row: bool,
     /// As --loops-per-row, and rows stop early when their state settles
-    #[arg(long, env = "CHIMERA_ADAPTIVE_LOOPS")]
+    #[arg(long, env = "CHIMERA_ADAPTIVE_LOOPS", value_parser = FalseyValueParser::new())]
     pub(crate) adaptive_loops: bool,
     /// Machine to compile for, such as host, x86-64-v3 or aarch64; for a plan its own when absent
     #[arg(long, env = "CHIMERA_TARGET")]

@@ -18,6 +18,8 @@ use crate::{
 const PANEL_ROWS: usize = 128;
 /// From this many rows for each group of weights on, a panel pays.
 const PANEL_FROM: usize = 12;
+/// Words of one half of a block for four columns.
+const HALF: usize = BLOCK_ROWS / 2;
 /// Instances that keep the threads of a small machine busy.
 const INSTANCES: usize = 8;
 /// Weight blocks of an instance share the sums of its rows.
@@ -69,7 +71,8 @@ struct Parts<'a> {
     sums: Buf,
     /// Scales of the current block of each weight, `[weight][group][32]`.
     alpha: Buf,
-    /// Unpacked codes of the current block of each weight, words `[weight][np / 4][32]`.
+    /// Unpacked codes of the current block of each weight, words `[weight][half][np / 4][q][4]`: lane `l` of half `h` is row `8 q + 4 h + l`,
+    /// so that each half is read from end to end.
     panel: Buf,
     /// Results of a register tile, `[weight][row][32]`.
     tile: Buf,
@@ -125,7 +128,7 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
     });
 }
 
-/// The codes of word `k` for the weight rows `8 q + lane` of a block.
+/// The codes of word `k` for four weight rows of a block by lane.
 type Codes<'f> = &'f dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> [Expr; 4];
 
 /// The codes of four columns of one row of group `q` of a packed word.
@@ -173,13 +176,16 @@ impl Parts<'_> {
                 let from = cx.b.bind(self.packed_base(g, ob));
                 let to = w * s.np / 4 * BLOCK_ROWS;
                 cx.each(0, s.np / 4, |cx, k| {
-                    let (from, to) = (cx.b.bind(&from + &k * 8), cx.b.bind(k * BLOCK_ROWS + to));
-                    cx.lanes(0, 8, 2, |cx, r8| {
-                        let word = cx.b.bind(Expr::word(packed, &from + &r8));
-                        for q in 0..4 {
-                            cx.b.store(self.panel, &to + &r8 + q * 8, unpack(&word, q));
-                        }
-                    });
+                    let (from, to) = (cx.b.bind(&from + &k * 8), cx.b.bind(k * HALF + to));
+                    for half in 0..2 {
+                        let to = cx.b.bind(&to + half * (s.np / 4 * HALF));
+                        cx.lanes(0, 4, 1, |cx, lane| {
+                            let word = cx.b.bind(Expr::word(packed, &from + &lane + 4 * half));
+                            for q in 0..4 {
+                                cx.b.store(self.panel, &to + &lane + 4 * q, unpack(&word, q));
+                            }
+                        });
+                    }
                 });
             }
         }
@@ -197,21 +203,26 @@ impl Parts<'_> {
         let a = at(cx, row * self.s.nc);
         let sums = at(cx, (row - first) * self.s.pieces());
         for w in 0..self.op.n_weights {
-            let codes: Codes<'_> = if self.t.panel {
-                let base = w * self.s.np / 4 * BLOCK_ROWS;
-                &move |cx, k, lane| {
-                    let at = cx.b.bind(k * BLOCK_ROWS + lane + base);
-                    std::array::from_fn(|q| Expr::load(self.panel, &at + 8 * q))
-                }
-            } else {
-                let base = cx.b.bind(self.packed_base(g, ob));
-                &move |cx, k, lane| {
-                    let word = cx.b.bind(Expr::word(self.weights[w].0, k * 8 + lane + &base));
-                    std::array::from_fn(|q| unpack(&word, q))
-                }
+            let base = [&x, &a, &sums];
+            if self.t.panel {
+                cx.each(0, 2, |cx, half| {
+                    let from = cx.b.bind(&half * (self.s.np / 4 * HALF) + w * (self.s.np / 4 * BLOCK_ROWS));
+                    let first = cx.b.bind(half * 4);
+                    let codes: Codes<'_> = &|cx, k, lane| {
+                        let at = cx.b.bind(k * HALF + lane + &from);
+                        std::array::from_fn(|q| Expr::load(self.panel, &at + 4 * q))
+                    };
+                    cx.lanes(0, 4, 1, |cx, lane| self.chains(cx, w, rows, base, [&lane, &first], codes));
+                });
+                continue;
+            }
+            let from = cx.b.bind(self.packed_base(g, ob));
+            let codes: Codes<'_> = &|cx, k, lane| {
+                let word = cx.b.bind(Expr::word(self.weights[w].0, k * 8 + lane + &from));
+                std::array::from_fn(|q| unpack(&word, q))
             };
             let vectors = if rows == 1 { 2 } else { 1 };
-            cx.lanes(0, 8, vectors, |cx, lane| self.chains(cx, w, rows, [&x, &a, &sums], &lane, codes));
+            cx.lanes(0, 8, vectors, |cx, lane| self.chains(cx, w, rows, base, [&lane, &int(0)], codes));
         }
         let n = self.op.m;
         let col = cx.b.bind(ob * BLOCK_ROWS);
@@ -226,9 +237,17 @@ impl Parts<'_> {
         }
     }
 
-    /// All chains of one lane: `rows` rows times the weight rows `8 q + lane` of weight `w`. `base` are the first word, scale and sum of
-    /// the first row.
-    fn chains(&self, cx: &mut Lower<'_>, w: usize, rows: usize, base: [&Expr; 3], lane: &Expr, codes: Codes<'_>) {
+    /// All chains of one lane: `rows` rows times the weight rows `8 q + first + lane` of weight `w`. `base` are the first word, scale
+    /// and sum of the first row.
+    fn chains(
+        &self,
+        cx: &mut Lower<'_>,
+        w: usize,
+        rows: usize,
+        base: [&Expr; 3],
+        [lane, first]: [&Expr; 2],
+        codes: Codes<'_>,
+    ) {
         let s = self.s;
         let [x, a, sums] = base;
         let each = || (0..rows).flat_map(|r| (0..4).map(move |q| (r, q)));
@@ -268,7 +287,7 @@ impl Parts<'_> {
                 piece(cx, &int(full), last);
             }
             for (i, (_, q)) in each().enumerate() {
-                let alpha = Expr::load(self.alpha, (b + w * s.nb) * BLOCK_ROWS + lane + 8 * q);
+                let alpha = Expr::load(self.alpha, (b + w * s.nb) * BLOCK_ROWS + first + lane + 8 * q);
                 cx.b.set(y[i], alpha.fma(sum[i], y[i]));
             }
         };
@@ -280,7 +299,7 @@ impl Parts<'_> {
             group(cx, &int(full), last.len(), words);
         }
         for (i, (r, q)) in each().enumerate() {
-            cx.b.store(self.tile, lane + (w * self.t.tile + r) * BLOCK_ROWS + 8 * q, y[i]);
+            cx.b.store(self.tile, first + lane + (w * self.t.tile + r) * BLOCK_ROWS + 8 * q, y[i]);
         }
     }
 }
