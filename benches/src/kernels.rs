@@ -50,7 +50,8 @@ impl Subject {
     /// Entry points `once` and `many` ([`TIMES`]).
     fn executable(&self, threads: usize) -> Result<Executable> {
         let mut plan = PlanBuilder::default();
-        let mut args: Vec<_> = self.ins.iter().enumerate().map(|(i, t)| plan.weight(&format!("in{i}"), &t.ty)).collect();
+        let mut args: Vec<_> =
+            self.ins.iter().enumerate().map(|(i, t)| plan.weight(&format!("in{i}"), &t.ty)).collect();
         let outs: Vec<_> = (self.outs.iter().enumerate())
             .map(|(i, ty)| (format!("out{i}"), plan.result(&format!("out{i}"), ty)))
             .collect();
@@ -206,8 +207,20 @@ fn recurrences(shape: [usize; 4]) -> [Spec; 3] {
     titans.extend(vec![Type::f32(&[heads, width, width]); 2]);
     let memory = TitansMemory { heads, inner: 16, normalise: true, chunked: tokens > 1, carry: false };
     [
-        (format!("gd.{size}"), Count::Flop, None, GatedDelta { heads, chunk, carry: false }.into(), sequences(3, 2, shape)),
-        (format!("mlstm.{size}"), Count::Flop, None, Mlstm { heads, chunk, carry: false }.into(), sequences(3, 2, shape)),
+        (
+            format!("gd.{size}"),
+            Count::Flop,
+            None,
+            GatedDelta { heads, chunk, carry: false }.into(),
+            sequences(3, 2, shape),
+        ),
+        (
+            format!("mlstm.{size}"),
+            Count::Flop,
+            None,
+            Mlstm { heads, chunk, carry: false }.into(),
+            sequences(3, 2, shape),
+        ),
         (format!("titans.{size}"), Count::Flop, None, memory.into(), titans),
     ]
 }

@@ -57,21 +57,16 @@ fn burst(case: &mut Case, least: Duration) -> Result<f64> {
     }
 }
 
-/// Measure all cases, interleaved; `progress` hears what is done.
+/// Measure all cases, which have run before, interleaved; `progress` hears what is done.
 ///
 /// # Errors
 /// When a case fails, or names a row that is not among the cases.
 pub fn measure(cases: &mut [Case], effort: Effort, threads: usize, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
     let mut samples = vec![vec![]; cases.len()];
-    for round in 0..=effort.rounds {
+    for round in 1..=effort.rounds {
         for (case, samples) in cases.iter_mut().zip(&mut samples) {
             progress(&format!("round {round} of {}: {}", effort.rounds, case.id));
-            // The first round warms up.
-            let least = if round == 0 { Duration::ZERO } else { effort.burst };
-            let rate = burst(case, least).with_context(|| case.id.clone())?;
-            if round > 0 {
-                samples.push(rate);
-            }
+            samples.push(burst(case, effort.burst).with_context(|| case.id.clone())?);
         }
     }
     let values: Vec<f64> = samples.into_iter().map(median).collect();

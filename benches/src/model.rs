@@ -32,7 +32,7 @@ struct Workload {
 }
 
 const WORKLOADS: [Workload; 2] =
-    [Workload { scale: Scale::Nano, rows: 8, tokens: 128 }, Workload { scale: Scale::Tiny, rows: 8, tokens: 128 }];
+    [Workload { scale: Scale::Nano, rows: 8, tokens: 128 }, Workload { scale: Scale::Tiny, rows: 2, tokens: 128 }];
 
 const SEED: u64 = 1;
 /// Small, so that the weights stay those of a model that has just begun.
@@ -77,7 +77,12 @@ fn plan_of(w: &Workload, times: usize, rows: &mut Vec<Row>) -> Result<(Plan, usi
     let emit = || Ok(chimera_codegen::compile(&plan.kernels, &host(), &Allowed::all())?);
     let (module, ms) = milliseconds(times, emit)?;
     // Emission uses all cores, whatever the number of threads that execute.
-    rows.push(Row::plain(format!("jit.{}", w.scale), ms, "ms", std::thread::available_parallelism().map_or(1, usize::from)));
+    rows.push(Row::plain(
+        format!("jit.{}", w.scale),
+        ms,
+        "ms",
+        std::thread::available_parallelism().map_or(1, usize::from),
+    ));
     let interpreted = module.kernels.iter().zip(&plan.kernels).find(|(k, _)| k.emitter == "interp");
     ensure!(interpreted.is_none(), "no emitter of machine code serves {:?}", interpreted.map(|(_, k)| &k.name));
     Ok((plan, model.vocab_size))
@@ -176,7 +181,13 @@ fn macs(case: &Case) -> f64 {
 }
 
 /// The cases of one model; `rows` receives what is measured once.
-fn cases(w: &Workload, threads: usize, times: usize, rows: &mut Vec<Row>, progress: &mut dyn FnMut(&str)) -> Result<Vec<Case>> {
+fn cases(
+    w: &Workload,
+    threads: usize,
+    times: usize,
+    rows: &mut Vec<Row>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Vec<Case>> {
     let name = w.scale.name();
     progress(&format!("compile {name}"));
     let (plan, vocab) = plan_of(w, times, rows)?;
@@ -196,7 +207,10 @@ fn cases(w: &Workload, threads: usize, times: usize, rows: &mut Vec<Row>, progre
     let parameters: usize = weights.map(|x| x.ty.numel()).sum();
     rows.push(Row::plain(format!("parameters.{name}"), parameters as f64 * 1e-6, "million", threads));
     let other = if threads == 1 { 2 } else { 1 };
-    ensure!(got == answers(&mut trainer(&plan, &input, other)?, &input)?, "answers differ between {threads} and {other} threads");
+    ensure!(
+        got == answers(&mut trainer(&plan, &input, other)?, &input)?,
+        "answers differ between {threads} and {other} threads"
+    );
     let session: Session = Rc::new(RefCell::new(session));
     let tokens = (w.rows * w.tokens) as f64;
     let mut cases = vec![
@@ -234,7 +248,11 @@ fn derived(cases: &[Case], rows: &[Row]) -> Vec<Row> {
             let value = row.value * passes;
             let peer = rows.iter().find(|r| r.id == format!("loss.{name}")).map(|r| r.value);
             let ratio = peer.map(|p| value / p);
-            out.push(Row { peer, ratio, ..Row::plain(format!("{}.forward", case.id), value, "forward token/s", row.threads) });
+            out.push(Row {
+                peer,
+                ratio,
+                ..Row::plain(format!("{}.forward", case.id), value, "forward token/s", row.threads)
+            });
         }
         if !case.floor.is_empty() && case.unit.ends_with("token/s") {
             let by_token = macs(case);

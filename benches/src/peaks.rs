@@ -124,12 +124,18 @@ fn dram(threads: usize) -> Result<(Shared, f64)> {
     plan.entry("fill", &fill_kernel(len), &[x], 1, &[]);
     plan.entry("read", &read_kernel(len), &[x, z], 1, &[("z".to_owned(), z)]);
     let mut exe = plan.executable(threads)?;
-    ensure!(exe.module().kernels.iter().all(|k| k.emitter != "interp"), "no emitter of machine code serves the kernels");
+    ensure!(
+        exe.module().kernels.iter().all(|k| k.emitter != "interp"),
+        "no emitter of machine code serves the kernels"
+    );
     exe.run("fill")?;
     exe.run("read")?;
     // Whole periods of 0 + 1 + .. + 1023.
     let want = (len / GRID / 1024 * (1023 * 512)) as u64 as u32 as i32;
-    ensure!(exe.output::<i32>("read", "z")?.iter().all(|&sum| sum == want), "the sum of the memory that was read is wrong");
+    ensure!(
+        exe.output::<i32>("read", "z")?.iter().all(|&sum| sum == want),
+        "the sum of the memory that was read is wrong"
+    );
     Ok((Rc::new(RefCell::new(exe)), 4.0 * len as f64))
 }
 
@@ -139,12 +145,28 @@ fn dram(threads: usize) -> Result<(Shared, f64)> {
 /// When a kernel cannot be run or gives a wrong answer.
 pub fn cases(threads: usize) -> Result<Vec<Case>> {
     let factors = Tensor::f32(&[LANES], (0..LANES).map(|l| 0.25 + 0.05 * l as f32).collect());
-    let codes = Tensor { ty: Type::new(DType::U8, &[4 * LANES]), data: Data::U8((0..4 * LANES).map(|i| i as u8 % 3).collect()) };
-    let bytes = Tensor { ty: Type::new(DType::I8, &[4 * LANES]), data: Data::I8((0..4 * LANES).map(|i| i as i8 - 16).collect()) };
+    let codes = Tensor {
+        ty: Type::new(DType::U8, &[4 * LANES]),
+        data: Data::U8((0..4 * LANES).map(|i| i as u8 % 3).collect()),
+    };
+    let bytes = Tensor {
+        ty: Type::new(DType::I8, &[4 * LANES]),
+        data: Data::I8((0..4 * LANES).map(|i| i as i8 - 16).collect()),
+    };
     let giga = (GRID * CHAINS * LANES * LENGTH) as f64 * 1e-9;
     let compute = [
-        (FMA, "GFLOP/s", 2.0 * giga, Subject { kernel: fma_kernel(), ins: vec![factors], outs: vec![Type::f32(&[GRID, CHAINS, LANES])] }),
-        (DOT4, "GMAC/s", 4.0 * giga, Subject { kernel: dot4_kernel(), ins: vec![codes, bytes], outs: vec![Type::i32(&[GRID, CHAINS, LANES])] }),
+        (
+            FMA,
+            "GFLOP/s",
+            2.0 * giga,
+            Subject { kernel: fma_kernel(), ins: vec![factors], outs: vec![Type::f32(&[GRID, CHAINS, LANES])] },
+        ),
+        (
+            DOT4,
+            "GMAC/s",
+            4.0 * giga,
+            Subject { kernel: dot4_kernel(), ins: vec![codes, bytes], outs: vec![Type::i32(&[GRID, CHAINS, LANES])] },
+        ),
     ];
     let mut cases = vec![];
     for (id, unit, work, subject) in compute {

@@ -110,6 +110,8 @@ pub fn record(suite: &str, threads: usize, command: &str, rows: &[Row]) -> Resul
         _ => vec![],
     };
     let text = format!("{{\n{}\"rows\": {}}}\n", head.concat(), json(rows)?);
-    fs::create_dir_all(&folder).and_then(|()| fs::write(&path, text)).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::create_dir_all(&folder)
+        .and_then(|()| fs::write(&path, text))
+        .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }

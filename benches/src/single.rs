@@ -49,7 +49,14 @@ impl PlanBuilder {
     }
 
     /// An entry point that runs a kernel several times.
-    pub fn entry(&mut self, name: &str, kernel: &Kernel, args: &[BufferId], times: usize, outputs: &[(String, BufferId)]) {
+    pub fn entry(
+        &mut self,
+        name: &str,
+        kernel: &Kernel,
+        args: &[BufferId],
+        times: usize,
+        outputs: &[(String, BufferId)],
+    ) {
         let id = match self.plan.kernels.iter().position(|k| k == kernel) {
             Some(found) => found,
             None => {

@@ -111,16 +111,30 @@ fn calls_take_and_give_npy() {
     assert_eq!(a.shape(), [3, 8, 512]);
     let off = a.to_f32().iter().zip(b.to_f32()).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
     assert!(off <= 1e-4, "the forms differ by {off}");
-    let unknown = ["call", &model, "--weights", &weights, "--entry", "logits", "--inputs", &path, "--output", &format!("logit={logits}")];
+    let unknown = [
+        "call",
+        &model,
+        "--weights",
+        &weights,
+        "--entry",
+        "logits",
+        "--inputs",
+        &path,
+        "--output",
+        &format!("logit={logits}"),
+    ];
     fails(&unknown, 2, "no output is called `logit`, expected one of hidden,");
 }
 
 #[test]
 fn mistakes_have_exit_codes() {
     let dir = Folder::new();
-    let (model, weights, out) = (fixture("model_none.safetensors"), fixture("model_params.safetensors"), dir.at("out.safetensors"));
+    let (model, weights, out) =
+        (fixture("model_none.safetensors"), fixture("model_params.safetensors"), dir.at("out.safetensors"));
     let call = |changes: &[(&str, &str)], more: &[&str], code: i32, part: &str| {
-        let value = |flag: &str, default: &str| changes.iter().find(|c| c.0 == flag).map_or(default.to_owned(), |c| c.1.to_owned());
+        let value = |flag: &str, default: &str| {
+            changes.iter().find(|c| c.0 == flag).map_or(default.to_owned(), |c| c.1.to_owned())
+        };
         let (m, w, i) = (value("model", &model), value("weights", &weights), value("inputs", &model));
         let entry = value("entry", "loss");
         let args = ["call", &m, "--weights", &w, "--inputs", &i, "--outputs", &out, "--entry", &entry];
@@ -141,7 +155,8 @@ fn mistakes_have_exit_codes() {
 
 /// Random weights of a pico model over bytes.
 fn pico_weights(path: &str) {
-    let loaded = config::preset(Scale::Pico, &Overrides { vocab_size: Some(257), ..Overrides::default() }).expect("the preset loads");
+    let loaded = config::preset(Scale::Pico, &Overrides { vocab_size: Some(257), ..Overrides::default() })
+        .expect("the preset loads");
     let tensors: Vec<(String, HostTensor)> = config::parameters(&loaded.model)
         .into_iter()
         .map(|p| {
@@ -165,7 +180,10 @@ fn text_is_continued() {
     let continued = |more: &[&str]| ok(&[&base[..], more].concat());
     let prompt = "The prompt is longer than one chunk of sixteen bytes.";
     let greedy = continued(&["--prompt", prompt, "--temp", "0", "--chunk", "16", "--repeat-penalty", "1"]);
-    assert_eq!(greedy, continued(&["--prompt", prompt, "--temp", "0", "--chunk", "16", "--repeat-penalty", "1", "--seed", "9"]));
+    assert_eq!(
+        greedy,
+        continued(&["--prompt", prompt, "--temp", "0", "--chunk", "16", "--repeat-penalty", "1", "--seed", "9"])
+    );
     let sampled = |seed: &str| continued(&["--prompt", prompt, "--temp", "1.2", "--top-p", "1", "--seed", seed]);
     assert_eq!(sampled("1"), sampled("1"));
     assert_ne!(sampled("1"), sampled("2"));
@@ -173,8 +191,10 @@ fn text_is_continued() {
     fs::write(&file, prompt).expect("the prompt is written");
     let from_file = continued(&["-f", &file, "--temp", "1.2", "--top-p", "1", "--seed", "1"]);
     assert_eq!(from_file, sampled("1"));
-    let json: serde_json::Value =
-        serde_json::from_str(&continued(&["--prompt", prompt, "--temp", "1.2", "--top-p", "1", "--seed", "1", "--json"])).expect("one object");
+    let json: serde_json::Value = serde_json::from_str(&continued(&[
+        "--prompt", prompt, "--temp", "1.2", "--top-p", "1", "--seed", "1", "--json",
+    ]))
+    .expect("one object");
     assert_eq!(format!("{}\n", json["text"].as_str().expect("the text")), from_file);
     assert!(json["tokens"].as_array().is_some_and(|t| t.len() <= 24) && json["prompt_tokens"] == prompt.len());
 
@@ -192,7 +212,12 @@ fn a_reader_that_leaves_is_no_failure() {
     let weights = dir.at("w.safetensors");
     pico_weights(&weights);
     let args = ["generate", "--scale", "pico", "--vocab", "bytes", "--weights", &weights, "-n", "100000", "-f", "-"];
-    let mut child = command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("the program starts");
+    let mut child = command(&args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts");
     drop(child.stdout.take());
     child.stdin.take().expect("stdin is piped").write_all(b"once").expect("the prompt is taken");
     assert_eq!(child.wait().expect("the program ends").code(), Some(0));

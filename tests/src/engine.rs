@@ -43,7 +43,11 @@ impl Engine {
 /// Options of the executor for one emitter; the interpreter serves what it refuses.
 pub fn exec_options(emitter: &str, threads: usize) -> ExecOptions {
     let names = if emitter == "interp" { emitter.to_owned() } else { format!("{emitter},interp") };
-    ExecOptions { threads, emitters: Allowed::parse(&names).expect("emitters know their names"), ..ExecOptions::default() }
+    ExecOptions {
+        threads,
+        emitters: Allowed::parse(&names).expect("emitters know their names"),
+        ..ExecOptions::default()
+    }
 }
 
 fn execute(g: &Graph, emitter: &str, inputs: &HashMap<String, Tensor>, memory: &mut Memory) -> HashMap<String, Tensor> {

@@ -80,9 +80,8 @@ pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, rtol: f32, atol: f3
     let over = |i: usize| (got[i] - want[i]).abs() - (atol + rtol * want[i].abs());
     // A NaN is never within bounds.
     let bad = (0..got.len()).filter(|&i| !matches!(over(i), o if o <= 0.0));
-    let (count, worst) = bad.fold((0, None::<usize>), |(n, worst), i| {
-        (n + 1, Some(worst.filter(|&w| over(w) >= over(i)).unwrap_or(i)))
-    });
+    let (count, worst) =
+        bad.fold((0, None::<usize>), |(n, worst), i| (n + 1, Some(worst.filter(|&w| over(w) >= over(i)).unwrap_or(i))));
     if let Some(i) = worst {
         panic!("{what}: {count} of {} elements differ; element {i} is {}, expected {}", got.len(), got[i], want[i]);
     }
@@ -97,5 +96,8 @@ pub fn assert_near(what: &str, got: &Tensor, want: &Tensor, tolerance: f32) {
     let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
     let size = norm(&mut want.as_f32().iter().copied());
     let distance = norm(&mut got.as_f32().iter().zip(want.as_f32()).map(|(a, b)| a - b));
-    assert!(distance <= f64::from(tolerance) * size, "{what}: the distance is {distance}, the expected vector has length {size}");
+    assert!(
+        distance <= f64::from(tolerance) * size,
+        "{what}: the distance is {distance}, the expected vector has length {size}"
+    );
 }

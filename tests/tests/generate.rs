@@ -16,7 +16,12 @@ const EMITTER: &str = "portable";
 /// The model of a golden file with its weights.
 fn executable(file: &str, entries: &[(EntryKind, usize, usize)]) -> Executable {
     let cfg = Golden::open(file).model();
-    let spec = |(kind, rows, tokens): &(EntryKind, usize, usize)| EntrySpec { kind: kind.clone(), rows: *rows, tokens: *tokens, depth: None };
+    let spec = |(kind, rows, tokens): &(EntryKind, usize, usize)| EntrySpec {
+        kind: kind.clone(),
+        rows: *rows,
+        tokens: *tokens,
+        depth: None,
+    };
     let options = Options { entries: entries.iter().map(spec).collect(), ..Options::default() };
     let plan = compile(&cfg, &options).expect("the model compiles");
     let mut exe = Executable::new(plan, &exec_options(EMITTER, 2)).expect("the plan is executable");
@@ -84,7 +89,10 @@ fn states_carry_a_text_from_call_to_call() {
         tokens(t.ty.dims[0], &ids)
     };
     let inputs = |from: usize, to: usize| {
-        Tensors::from([("tokens".to_owned(), column("in.tokens", from, to)), ("seg".to_owned(), column("in.seg", from, to))])
+        Tensors::from([
+            ("tokens".to_owned(), column("in.tokens", from, to)),
+            ("seg".to_owned(), column("in.seg", from, to)),
+        ])
     };
     let run = |kind: EntryKind, step: usize, inputs: &Tensors| {
         let mut exe = executable("model_none", &[(kind.clone(), 3, step)]);

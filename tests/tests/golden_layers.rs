@@ -41,10 +41,7 @@ fn mixer(cfg: &ModelConfig, layer: usize, shape: Shape) -> Graph {
 fn inward(cfg: &ModelConfig, name: &str, t: &Tensor) -> Vec<(String, Tensor)> {
     let mut one = t.clone();
     if name == "c" {
-        one = Tensor {
-            ty: t.ty.with(DType::I16),
-            data: Data::I16(t.to_i64().into_iter().map(|x| x as i16).collect()),
-        };
+        one = Tensor { ty: t.ty.with(DType::I16), data: Data::I16(t.to_i64().into_iter().map(|x| x as i16).collect()) };
     }
     if name != "k" && name != "v" {
         return vec![(name.to_owned(), one)];

@@ -69,7 +69,14 @@ impl Case {
     }
 
     /// By reference semantics: the outputs.
-    fn reference(&self, head: Head, form: Form, carry: bool, depth: Depth, extra: &[(&str, Tensor)]) -> HashMap<String, Tensor> {
+    fn reference(
+        &self,
+        head: Head,
+        form: Form,
+        carry: bool,
+        depth: Depth,
+        extra: &[(&str, Tensor)],
+    ) -> HashMap<String, Tensor> {
         let [rows, tokens] = self.shape();
         let shape = Shape { rows, tokens, form, carry, depth };
         let g = chimera::graph(&self.cfg, shape, head).expect("the model builds");
@@ -81,7 +88,12 @@ impl Case {
 
     fn executable(&self, emitter: &str, entries: &[(EntryKind, usize, Option<Depth>)]) -> Executable {
         let rows = self.shape()[0];
-        let spec = |(kind, tokens, depth): &(EntryKind, usize, _)| EntrySpec { kind: kind.clone(), rows, tokens: *tokens, depth: *depth };
+        let spec = |(kind, tokens, depth): &(EntryKind, usize, _)| EntrySpec {
+            kind: kind.clone(),
+            rows,
+            tokens: *tokens,
+            depth: *depth,
+        };
         let options = Options { entries: entries.iter().map(spec).collect(), ..Options::default() };
         let plan = compile(&self.cfg, &options).expect("the model compiles");
         let mut exe = Executable::new(plan, &exec_options(emitter, 2)).expect("the plan is executable");

@@ -179,10 +179,7 @@ impl Transform<'_> {
             Kind::Repeat(r) => self.repeat(old, g, node, r, map),
             Kind::Op(op) => {
                 let outs = self.apply(old, g, op, node, map)?;
-                let ins: Vec<Type> = node.ins.iter().map(|&v| old.ty(v).clone()).collect();
-                let tys: Vec<Type> = node.outs.iter().map(|&v| old.ty(v).clone()).collect();
-                let flops = op.flops(&ins, &tys);
-                let work = (flops.float + 2 * flops.ternary) * times;
+                let work = work_of_op(old, op, node) * times;
                 if outs.iter().any(|o| o.batched) {
                     self.all += work;
                     self.once += if outs.iter().any(|o| o.split) { 0 } else { work };
@@ -192,7 +189,7 @@ impl Transform<'_> {
         }
     }
 
-    /// The loop: every carried batch value holds all probes from the start.
+    /// The loop: when a probe reaches it, every carried batch value holds all probes from the start; else it runs once as it is.
     fn repeat(
         &mut self,
         old: &Graph,
@@ -203,11 +200,19 @@ impl Transform<'_> {
     ) -> Result<Vec<New>, InferError> {
         let mut ins: Vec<New> = node.ins.iter().map(|v| map[v]).collect();
         for (i, new) in ins.iter_mut().enumerate().take(r.n_carried) {
-            let per_row = old.ty(node.ins[i]).dims[0] == self.rows && !is_load(r, i);
-            if per_row {
-                new.batched = true;
-                *new = self.stacked(g, *new)?;
-            }
+            new.batched |= old.ty(node.ins[i]).dims[0] == self.rows && !is_load(r, i);
+        }
+        let probed = |n: &Node| matches!(&n.kind, Kind::Param(name) if self.is_probed(name).is_some());
+        if !ins.iter().any(|i| i.split) && !r.body.nodes().iter().any(probed) {
+            let work = work_of(&r.body) * r.max as u64;
+            self.all += work;
+            self.once += work;
+            let operands: Vec<Value> = ins.iter().map(|n| n.v).collect();
+            let outs = g.repeat(r.clone(), &operands)?;
+            return Ok(outs.into_iter().zip(&ins).map(|(v, n)| New { v, ..*n }).collect());
+        }
+        for new in ins.iter_mut().take(r.n_carried).filter(|n| n.batched) {
+            *new = self.stacked(g, *new)?;
         }
         let mut body = Graph::default();
         let mut inner = Map::new();
@@ -464,6 +469,30 @@ impl Transform<'_> {
         let add = g.op(Linear { m, grouped_rows: offsets.is_some() }, &ins)?;
         g.op(Binary { f: BinaryFn::Add }, &[y, add])
     }
+}
+
+/// Operations of one run through a loop body, work on weights alone not counted.
+fn work_of(body: &Graph) -> u64 {
+    let mut on_weights = vec![false; body.n_values()];
+    let mut work = 0;
+    for node in body.nodes() {
+        let alone = match &node.kind {
+            Kind::Param(_) | Kind::Const(_) => true,
+            Kind::Op(_) => node.ins.iter().all(|v| on_weights[v.0 as usize]),
+            _ => false,
+        };
+        node.outs.iter().for_each(|v| on_weights[v.0 as usize] = alone);
+        if let (Kind::Op(op), false) = (&node.kind, alone) {
+            work += work_of_op(body, op, node);
+        }
+    }
+    work
+}
+
+fn work_of_op(g: &Graph, op: &Op, node: &Node) -> u64 {
+    let types = |vs: &[Value]| -> Vec<Type> { vs.iter().map(|&v| g.ty(v).clone()).collect() };
+    let flops = op.flops(&types(&node.ins), &types(&node.outs));
+    flops.float + 2 * flops.ternary
 }
 
 /// Whether a carried value is a count of tokens and not a batch value.

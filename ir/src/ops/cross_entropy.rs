@@ -26,8 +26,8 @@ pub struct CrossEntropy {
     pub vocab: usize,
 }
 
-/// Most rows of one instance; the panels stream once for all of them.
-const ROWS: usize = 33;
+/// Most rows of one instance; the panels stream from memory once for all of them.
+const ROWS: usize = 66;
 /// Panels whose logits are in scratch at once.
 const PANELS: usize = 8;
 /// Logits of a row in scratch at once.
@@ -166,7 +166,8 @@ impl OpDef for CrossEntropy {
         let all = self.vocab.div_ceil(PANEL);
         let groups = cx.ty(1).numel() / (all * n * PANEL);
         let per = rows / groups;
-        let height = per.div_ceil(per.div_ceil(ROWS).max(2)).next_multiple_of(TILE);
+        // An even number of instances, so that two threads are done at the same time.
+        let height = per.div_ceil(per.div_ceil(ROWS).next_multiple_of(2)).next_multiple_of(TILE);
         let tiles = per.div_ceil(height);
         let (h, panels, labels) = (cx.buf(0), cx.buf(1), cx.buf(2));
         let block = Block {
@@ -195,7 +196,7 @@ impl OpDef for CrossEntropy {
                 row_tiles(cx, [&lo, &hi], known, TILE, &|cx, row, rows| {
                     let x0 = cx.b.bind(row * n);
                     let to = cx.b.bind((row - &lo) * WIDTH + &to);
-                    panel_product(cx, (h, &x0), (panels, &p0), (rows, n), &|cx, r, lane, z| {
+                    panel_product(cx, (h, &x0), (panels, &p0), [rows, n, PANEL], &|cx, r, lane, z| {
                         cx.b.store(block.z, &to + lane + r * WIDTH, z);
                     });
                 });

@@ -87,11 +87,14 @@ impl OpDef for Linear {
         let (rows, n) = (cx.ty(0).rows(), cx.ty(0).cols());
         let all = self.m.div_ceil(PANEL);
         let groups = groups(cx.ty(1));
+        // A weight of few rows fills a part of its only panel; more rows of the operand fill the registers instead.
+        let width = if self.m <= PANEL / 2 { self.m.next_multiple_of(4) } else { PANEL };
+        let tile = TILE * PANEL / width;
         let extent = if self.grouped_rows { rows } else { rows / groups };
-        let height = extent.div_ceil(extent.div_ceil(ROWS)).next_multiple_of(TILE);
+        let height = extent.div_ceil(extent.div_ceil(ROWS)).next_multiple_of(tile);
         let work = rows / extent * extent.div_ceil(height) * all;
         let (x, panels) = (cx.buf(0), cx.buf(1));
-        let out = cx.b.scratch("tile", DType::F32, TILE * PANEL);
+        let out = cx.b.scratch("tile", DType::F32, tile * PANEL);
         let instances = Instances {
             rows,
             groups,
@@ -107,9 +110,9 @@ impl OpDef for Linear {
                 let col = cx.b.bind(p * PANEL);
                 let count = cx.b.bind((int(self.m) - &col).min(int(PANEL)));
                 // A tile of more rows than there are would reach beyond them.
-                row_tiles(cx, part.rows, part.known, TILE.min(rows), &|cx, row, rows| {
+                row_tiles(cx, part.rows, part.known, tile.min(rows), &|cx, row, rows| {
                     let x0 = cx.b.bind(row * n);
-                    panel_product(cx, (x, &x0), (panels, &p0), (rows, n), &|cx, r, lane, y| {
+                    panel_product(cx, (x, &x0), (panels, &p0), [rows, n, width], &|cx, r, lane, y| {
                         cx.b.store(out, lane + r * PANEL, y);
                     });
                     for r in 0..rows {

@@ -87,7 +87,8 @@ fn quantise_block(
         let base = cx.b.bind(row * n.next_multiple_of(CODE_PAD) + lo);
         cx.lanes(0, len, 2, |cx, j| {
             let x = read(cx, &(lo + &j));
-            cx.b.store(codes, &base + j, math::round_to_i32(x / &scale));
+            // The low byte of the bits of the rounded sum is the code, and a store keeps the low byte.
+            cx.b.store(codes, &base + j, (x / &scale + f32c(math::ROUND)).to_bits());
         });
     }
 }

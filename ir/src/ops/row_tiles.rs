@@ -143,15 +143,15 @@ pub(super) fn row_tiles(
 }
 
 /// `rows` rows of `x`, each of `n` elements from index `x0` on, times the panel from index `p0` on: `store(cx, r, lane, value)`
-/// receives `sum_k x[r, k] * panel[k, lane]`.
+/// receives `sum_k x[r, k] * panel[k, lane]` for the lanes below `width`, a multiple of four.
 pub(super) fn panel_product(
     cx: &mut Lower<'_>,
     (x, x0): (Buf, &Expr),
     (panels, p0): (Buf, &Expr),
-    (rows, n): (usize, usize),
+    [rows, n, width]: [usize; 3],
     store: &dyn Fn(&mut Lower<'_>, usize, &Expr, Expr),
 ) {
-    cx.lanes(0, PANEL, 4, |cx, lane| {
+    cx.lanes(0, width, (width / 4) as u8, |cx, lane| {
         let accs: Vec<_> = (0..rows).map(|_| cx.b.local(f32c(0.0))).collect();
         cx.each(0, n, |cx, k| {
             let w = cx.b.bind(Expr::load(panels, p0 + &k * PANEL + &lane));

@@ -5,7 +5,6 @@
 
 pub mod states;
 
-
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -133,14 +132,22 @@ pub fn set_weights(exe: &mut Executable, path: &Path) -> Result<Vec<String>, Cal
     for weight in exe.plan().weights.clone().iter().filter(|w| w.kind != WeightKind::Optimizer) {
         let (name, dims) = (&weight.name, &weight.ty.dims);
         match tensors.get(name) {
-            None => return bad(name, format!("is missing in {}; check that the file belongs to this configuration", path.display())),
+            None => {
+                return bad(
+                    name,
+                    format!("is missing in {}; check that the file belongs to this configuration", path.display()),
+                );
+            }
             Some(t) if t.shape() != dims => {
                 return bad(name, format!("has shape {:?} in {}, expected {dims:?}", t.shape(), path.display()));
             }
             Some(t) => {
                 let values = t.to_f32();
                 if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-                    return bad(name, format!("element {at} in {} is {}, expected finite numbers", path.display(), values[at]));
+                    return bad(
+                        name,
+                        format!("element {at} in {} is {}, expected finite numbers", path.display(), values[at]),
+                    );
                 }
                 exe.set_weight(name, dims, &values)?;
             }
@@ -150,7 +157,12 @@ pub fn set_weights(exe: &mut Executable, path: &Path) -> Result<Vec<String>, Cal
 }
 
 /// Integers of 32 or 64 bits as `i32`, each within `range`.
-fn ints(name: &str, t: &HostTensor, range: std::ops::RangeInclusive<i64>, also: Option<i64>) -> Result<Vec<i32>, CallError> {
+fn ints(
+    name: &str,
+    t: &HostTensor,
+    range: std::ops::RangeInclusive<i64>,
+    also: Option<i64>,
+) -> Result<Vec<i32>, CallError> {
     if !matches!(t.dtype(), DType::I32 | DType::I64) {
         return bad(name, format!("found {}, expected I32 or I64", t.dtype().name()));
     }
@@ -207,7 +219,12 @@ pub fn run(exe: &mut Executable, entry: &str, inputs: &Tensors) -> Result<Tensor
     let steps = match planned.dims[..] {
         [r, 1] if r == rows && entry == DECODE => tokens,
         [r, t] if r == rows && t == tokens => 1,
-        _ => return bad("tokens", format!("found shape [{rows}, {tokens}], the plan was compiled for {:?}", planned.dims)),
+        _ => {
+            return bad(
+                "tokens",
+                format!("found shape [{rows}, {tokens}], the plan was compiled for {:?}", planned.dims),
+            );
+        }
     };
     let stateful = entry != "loss" && entry != "dual_loss" && !exe.plan().states.is_empty();
     match inputs.keys().find(|n| n.starts_with(states::PREFIX)) {
@@ -251,7 +268,9 @@ fn matrices(
     let vocab = vocab_size(exe, id);
     let documents = i64::from(i32::MAX) - 1;
     let mut out = Vec::with_capacity(3);
-    for (name, top, also) in [("tokens", vocab - 1, None), ("seg", documents, None), ("labels", vocab - 1, Some(i64::from(IGNORE)))] {
+    for (name, top, also) in
+        [("tokens", vocab - 1, None), ("seg", documents, None), ("labels", vocab - 1, Some(i64::from(IGNORE)))]
+    {
         if input_type(exe, entry, name).is_err() {
             continue;
         }
@@ -277,7 +296,12 @@ fn set_scalars(exe: &mut Executable, id: EntryId, entry: &str, inputs: &Tensors,
     if depth {
         let max = exe.plan().states.iter().map(|s| s.copies).max().unwrap_or(1);
         match depths(inputs, rows)? {
-            None => return bad("depth", format!("is not among the inputs, `{entry}` was compiled for rows of their own depth")),
+            None => {
+                return bad(
+                    "depth",
+                    format!("is not among the inputs, `{entry}` was compiled for rows of their own depth"),
+                );
+            }
             // Without states the plan does not tell its bound; it was compiled for these inputs.
             Some(d) if max > 1 && d.iter().any(|&n| n as u32 > max) => {
                 return bad("depth", format!("found {:?}, the plan was compiled for at most {max}", d));
@@ -330,7 +354,15 @@ struct Results(Vec<(String, Type, Vec<u8>)>);
 
 impl Results {
     /// Take the outputs of one of `steps` steps: what is `[rows, 1, ..]` is a column, loads are added up, the rest is replaced.
-    fn take(&mut self, exe: &Executable, id: EntryId, entry: &str, step: usize, steps: usize, rows: usize) -> Result<(), CallError> {
+    fn take(
+        &mut self,
+        exe: &Executable,
+        id: EntryId,
+        entry: &str,
+        step: usize,
+        steps: usize,
+        rows: usize,
+    ) -> Result<(), CallError> {
         let names = exe.plan().entry(entry).map(|e| &e.outputs[..]).unwrap_or_default();
         for (i, (name, _)) in names.iter().enumerate() {
             let ty = exe.output_type(id, name)?;

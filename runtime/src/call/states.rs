@@ -46,7 +46,8 @@ impl Ring {
     fn of(s: &LayerState, all: &[LayerState]) -> Option<Ring> {
         let memory = all.iter().find(|m| m.layer == s.layer && m.name == "W1")?;
         let ring = (s.name == "k" || s.name == "v") && s.decl.ty.dtype == ElementType::F32;
-        let (&[rows, window, width], heads) = (ring.then_some(&s.decl.ty.dims[..])?, *memory.decl.ty.dims.get(1)?) else {
+        let (&[rows, window, width], heads) = (ring.then_some(&s.decl.ty.dims[..])?, *memory.decl.ty.dims.get(1)?)
+        else {
             return None;
         };
         Some(Ring { rows, window, heads, k: width / heads })
@@ -132,7 +133,9 @@ pub fn export(exe: &Executable, iterations: usize) -> Result<Tensors, CallError>
                     HostTensor::from_f32(&[ring.rows, ring.heads, n, ring.k], &outside)
                 }
                 (ElementType::F32, None) => HostTensor::from_f32(&ty.dims, &floats(bytes)),
-                (ElementType::I16 | ElementType::I32, None) => HostTensor::from_i64(&ty.dims, &integers(bytes, ty.dtype)),
+                (ElementType::I16 | ElementType::I32, None) => {
+                    HostTensor::from_i64(&ty.dims, &integers(bytes, ty.dtype))
+                }
                 (other, None) => return bad(&full, format!("{} has no form outside", other.name())),
             };
             out.insert(full.clone(), tensor(&full, made)?);
@@ -213,7 +216,14 @@ fn set_plain(exe: &mut Executable, full: &str, s: &LayerState, copy: usize, t: &
     Ok(exe.set_state(&s.decl.name, copy, &bytes)?)
 }
 
-fn set_ring(exe: &mut Executable, full: &str, s: &LayerState, ring: Ring, copy: usize, t: &HostTensor) -> Result<(), CallError> {
+fn set_ring(
+    exe: &mut Executable,
+    full: &str,
+    s: &LayerState,
+    ring: Ring,
+    copy: usize,
+    t: &HostTensor,
+) -> Result<(), CallError> {
     let n = t.shape().get(2).copied().unwrap_or(0);
     if n >= ring.window {
         return bad(full, format!("found {n} tokens, the window keeps at most {}", ring.window - 1));

@@ -33,10 +33,7 @@ fn plan(chunk: Option<usize>) -> Plan {
     let buffer = |ty: Type, place| BufferDecl { ty, place, name: String::new() };
     let mut plan = Plan {
         states: vec![StateDecl { name: "s".into(), ty: Type::f32(&[1]), copies: 1 }],
-        buffers: vec![
-            buffer(Type::f32(&[1]), Place::State(0)),
-            buffer(Type::f32(&[1, 1, IDS]), Place::Arena(0)),
-        ],
+        buffers: vec![buffer(Type::f32(&[1]), Place::State(0)), buffer(Type::f32(&[1, 1, IDS]), Place::Arena(0))],
         ..Plan::default()
     };
     for (k, (name, n)) in [(DECODE, Some(1)), (PREFILL, chunk)].into_iter().enumerate() {
@@ -153,7 +150,7 @@ fn the_penalty_sees_a_bounded_window() {
 #[test]
 fn mistakes_are_answered() {
     let mut exe = executable(None);
-    let too_big = Generator::new(&mut exe, &Vocab::o200k()).err().expect("more tokens than logits");
+    let too_big = Generator::new(&mut exe, &Vocab::o200k()).expect_err("more tokens than logits");
     assert!(too_big.to_string().contains("260 logits"), "{too_big}");
     let mut g = Generator::new(&mut exe, &Vocab::bytes()).unwrap();
     let empty = g.generate(&greedy(1), &mut |_| ControlFlow::Continue(()));
@@ -161,6 +158,6 @@ fn mistakes_are_answered() {
     assert!(matches!(g.feed(&[3, 257]), Err(GenerateError::Token { id: 257, size: 257 })));
     assert_eq!(g.position(), 0);
     let mut exe = Executable::new(Plan::default(), &ExecOptions::default()).unwrap();
-    let nothing = Generator::new(&mut exe, &Vocab::bytes()).err().expect("no way in");
+    let nothing = Generator::new(&mut exe, &Vocab::bytes()).expect_err("no way in");
     assert!(nothing.to_string().contains("`decode`"), "{nothing}");
 }

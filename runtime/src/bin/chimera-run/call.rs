@@ -3,7 +3,7 @@
 //! Invariant: the plan is compiled for the shapes of the inputs; names and shapes outside are those of the executable specification.
 
 use crate::hyper::{Entries, EstimatorName, HyperArgs, Mode};
-use crate::model::{compile_entries, Model, Source};
+use crate::model::{Model, Source, compile_entries};
 use crate::options::{Failure, ModelOptions, RunOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, ModelConfig};
@@ -164,7 +164,10 @@ fn open(options: &ModelOptions) -> Result<Model, Failure> {
     };
     let file = SafeTensors::open(path)?;
     let Some(text) = file.metadata().get("config") else {
-        return Err(Failure::usage(format!("{}: the header has no configuration, expected one under `config`", path.display())));
+        return Err(Failure::usage(format!(
+            "{}: the header has no configuration, expected one under `config`",
+            path.display()
+        )));
     };
     let loaded = config::from_text(&path.display().to_string(), text, &options.overrides(None))?;
     Ok(Model { config: loaded.model, source: Source::Config, warnings: loaded.warnings })
@@ -199,7 +202,9 @@ fn spec(args: &Args, model: &Model, inputs: &mut Tensors) -> Result<EntrySpec, F
     }
     let looping = model.config.looping.as_ref();
     if looping.is_none() && (given.is_some() || args.loops.is_some() || args.adaptive) {
-        return Err(Failure::usage("--loops, --adaptive and the input `depth` have no meaning for a model without looped layers"));
+        return Err(Failure::usage(
+            "--loops, --adaptive and the input `depth` have no meaning for a model without looped layers",
+        ));
     }
     let depth = match (given, args.loops, args.adaptive) {
         (None, None, false) => None,

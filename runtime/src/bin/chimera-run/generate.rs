@@ -94,7 +94,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
         max_tokens: args.n.unwrap_or(defaults.max_new_tokens),
         seed: args.seed,
     };
-    let mut out = Output { out: io::stdout().lock(), decoder: StreamDecoder::new(&vocab), text: String::new(), tokens: vec![], args: &args };
+    let mut out = Output {
+        out: io::stdout().lock(),
+        decoder: StreamDecoder::new(&vocab),
+        text: String::new(),
+        tokens: vec![],
+        args: &args,
+    };
     let started = Instant::now();
     let mut generator = Generator::new(&mut exe, &vocab)?;
     generator.set_penalty_window(settings.penalty_window);
@@ -130,7 +136,9 @@ fn prompt(args: &Args, vocab: &Vocab) -> Result<Vec<u32>, Failure> {
             };
             read.map_err(|e| Failure::new(format!("{shown}: cannot read the prompt: {e}")))?;
             let encoded = vocab.encode_bytes(&bytes, &mut |_| ());
-            encoded.map_err(|e| Failure::new(format!("{shown}: the prompt is not UTF-8, which vocabulary {} needs: {e}", vocab.name())))?
+            encoded.map_err(|e| {
+                Failure::new(format!("{shown}: the prompt is not UTF-8, which vocabulary {} needs: {e}", vocab.name()))
+            })?
         }
         (None, None) => vec![],
     };
@@ -149,7 +157,9 @@ fn executable(args: &Args, model: &Model) -> Result<Executable, Failure> {
     let spec = |kind, tokens| EntrySpec { kind, rows: 1, tokens, depth };
     let entries = vec![spec(EntryKind::Prefill, args.chunk.into()), spec(EntryKind::Decode, 1)];
     let plan = match (&model.source, depth) {
-        (Source::Plan(_), Some(_)) => return Err(Failure::usage("--loops is built into a compiled plan; name the configuration instead")),
+        (Source::Plan(_), Some(_)) => {
+            return Err(Failure::usage("--loops is built into a compiled plan; name the configuration instead"));
+        }
         // A plan may do without prefill.
         (Source::Plan(plan), None) => (**plan).clone(),
         _ => model.plan(entries, &args.exec.target)?,
@@ -159,7 +169,9 @@ fn executable(args: &Args, model: &Model) -> Result<Executable, Failure> {
         (Some(path), _) => WeightFile::open(path)?.assign(&mut exe, false)?,
         (None, Source::Weights(file, _)) => file.assign(&mut exe, false)?,
         (None, _) => {
-            return Err(Failure::usage("the model has no weights; name a folder of a training run or a .b158 file, or give --weights FILE"));
+            return Err(Failure::usage(
+                "the model has no weights; name a folder of a training run or a .b158 file, or give --weights FILE",
+            ));
         }
     }
     Ok(exe)

@@ -94,25 +94,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, saved.as_ref().map(|s| &s.1))?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
     let plan = plan_of(&model, &mut hyper, &args)?;
-    if let Some((file, meta)) = &saved {
-        if meta.config != plan.config {
-            return Err(Failure::usage(format!(
-                "{}: the run has another configuration; leave the model out, or start another run with --out",
-                file.path().display()
-            )));
-        }
-    }
     let fingerprint = fingerprint(&tokens);
     let split = text::split(tokens, hyper.val_fraction)?;
     let (batches, validation) = streams(split, &vocab, &hyper)?;
     if let Some((file, meta)) = &saved {
-        if meta.data != fingerprint {
-            return Err(Failure::usage(format!(
-                "{}: the run was started with other data ({}, found {fingerprint}); give the same files, or start another run from its weights: train {0} --data ... --out DIR",
-                file.path().display(),
-                meta.data
-            )));
-        }
+        same_run(file.path(), meta, &plan, &fingerprint)?;
     }
     let mut exec = Executable::new(plan, &args.exec.exec())?;
     match (&saved, &model.source) {
@@ -167,6 +153,23 @@ fn resumed(args: &Args) -> Result<(Option<(WeightFile, Meta)>, PathBuf), Failure
     let beside = path.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf);
     let folder = args.out.clone().unwrap_or(beside);
     Ok((Some((file, meta)), folder))
+}
+
+/// A run goes on only with the configuration and the data that it was started with.
+fn same_run(path: &Path, meta: &Meta, plan: &Plan, data: &str) -> Result<(), Failure> {
+    let path = path.display();
+    if meta.config != plan.config {
+        return Err(Failure::usage(format!(
+            "{path}: the run has another configuration; leave the model out, or start another run with --out"
+        )));
+    }
+    if meta.data != data {
+        return Err(Failure::usage(format!(
+            "{path}: the run was started with other data ({}, found {data}); give the same files, or start another run from its weights: train {path} --data ... --out DIR",
+            meta.data
+        )));
+    }
+    Ok(())
 }
 
 /// A budget on the command line replaces that of the checkpoint.

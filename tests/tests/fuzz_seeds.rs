@@ -1,6 +1,6 @@
-//! Writes the valid files that every corpus begins with: `seeds FOLDER`.
+//! The valid files that the corpora of the fuzz targets begin with.
 //!
-//! The same files every time; what fuzzing found stands beside them under other names.
+//! `CHIMERA_REWRITE_SEEDS=1` writes them again, after a change of a format; else they must be there and their readers accept them.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -8,21 +8,25 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use chimera_compiler::{EntryKind, Options, compile_graphs};
-use chimera_frontends::config::{Overrides, Scale, preset};
+use chimera_frontends::config::{self, Overrides, Scale, preset};
 use chimera_ir::graph::Repeat;
 use chimera_ir::ops::{Binary, BinaryFn, InferError, Linear, Norm, NormKind, PackPanels, Unary, UnaryFn};
 use chimera_ir::plan::{self, Plan, WeightKind};
 use chimera_ir::{Graph, Tensor, Type};
-use chimera_runtime::files::b158::{self, Entry, ScaleEncoding, ScaleMode, ternarise};
+use chimera_runtime::files::b158::{self, B158, Entry, ScaleEncoding, ScaleMode, ternarise};
+use chimera_runtime::files::safetensors::SafeTensors;
 use chimera_runtime::files::{HostTensor, npy, safetensors};
 use chimera_runtime::text::Vocab;
+
+type Failure = Box<dyn Error>;
 
 /// A graph with an input, weights, a state, a loop and a literal.
 fn graph() -> Result<Graph, InferError> {
     let ty = Type::f32(&[2, 8]);
     let mut body = Graph::default();
     body.at("loop");
-    let (counter, h, gain) = (body.input("i", Type::i32(&[1])), body.input("h", ty.clone()), body.input("gain", Type::f32(&[8])));
+    let (counter, h, gain) =
+        (body.input("i", Type::i32(&[1])), body.input("h", ty.clone()), body.input("gain", Type::f32(&[8])));
     let next = body.op(Norm { kind: NormKind::Rms, width: 8, eps: 1e-6 }, &[h, gain])?;
     let again = body.constant(Tensor::i32(&[1], vec![1]));
     body.outputs = vec![("h".to_owned(), next), ("again".to_owned(), again)];
@@ -43,7 +47,7 @@ fn graph() -> Result<Graph, InferError> {
     Ok(g)
 }
 
-fn small_plan() -> Result<Plan, Box<dyn Error>> {
+fn small_plan() -> Result<Plan, Failure> {
     let kinds = [("layers.0.weight", WeightKind::Matrix), ("layers.0.norm.weight", WeightKind::Vector)];
     let kinds = kinds.into_iter().map(|(n, k)| (n.to_owned(), k)).collect();
     let start = Plan { config: "{}".to_owned(), target: "x86-64-v3".to_owned(), ..Plan::default() };
@@ -54,8 +58,7 @@ fn numbers(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let root = PathBuf::from(std::env::args_os().nth(1).ok_or("usage: seeds FOLDER")?);
+fn write_all(root: &Path) -> Result<(), Failure> {
     let folder = |name: &str| -> Result<PathBuf, std::io::Error> {
         let path = root.join(name);
         fs::create_dir_all(&path)?;
@@ -69,7 +72,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         put(&at, &format!("seed-{scale}.json"), text.as_bytes())?;
     }
     put(&at, "seed-empty.json", b"{}")?;
-    put(&at, "seed-wrong.json", b"{\n  \"hiden_size\": 64,\n  \"num_heads\": \"four\",\n  \"vocab_size\": -1, \"head_dim\": 1e400\n}\n")?;
+    put(
+        &at,
+        "wrong.json",
+        b"{\n  \"hiden_size\": 64,\n  \"num_heads\": \"four\",\n  \"vocab_size\": -1, \"head_dim\": 1e400\n}\n",
+    )?;
 
     let at = folder("plan")?;
     let plan = small_plan()?;
@@ -84,7 +91,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let matrix = ternarise(&latents, 40, 130, 128, 0.5, ScaleMode::PerGroup);
     let ternary = |scales| Entry::ternary("layers.0.attn.q_proj.weight", 40, 130, &matrix, scales);
     let (small, table) = (numbers(12), numbers(33));
-    let plain = [Entry::f32("norm.weight", &[12], &small), Entry::bf16("embed.weight", &[11, 3], &table), Entry::i32("load", &[2], &[1, -1])];
+    let plain = [
+        Entry::f32("norm.weight", &[12], &small),
+        Entry::bf16("embed.weight", &[11, 3], &table),
+        Entry::i32("load", &[2], &[1, -1]),
+    ];
     b158::write(&at.join("seed-plain.b158"), &plain, &metadata)?;
     b158::write(&at.join("seed-ternary-f32.b158"), &[ternary(ScaleEncoding::F32)], &BTreeMap::new())?;
     b158::write(&at.join("seed-ternary-bf16.b158"), &[ternary(ScaleEncoding::Bf16)], &metadata)?;
@@ -98,7 +109,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (name, tensor) in [("floats", &floats), ("words", &words), ("longs", &longs), ("scalar", &scalar)] {
         npy::write(&npys.join(format!("seed-{name}.npy")), tensor.view())?;
     }
-    let tensors = [("floats", floats.view()), ("longs", longs.view()), ("scalar", scalar.view()), ("words", words.view())];
+    let tensors =
+        [("floats", floats.view()), ("longs", longs.view()), ("scalar", scalar.view()), ("words", words.view())];
     safetensors::write(&safes.join("seed-four.safetensors"), &tensors, &metadata)?;
     safetensors::write(&safes.join("seed-empty.safetensors"), &[], &BTreeMap::new())?;
 
@@ -106,5 +118,46 @@ fn main() -> Result<(), Box<dyn Error>> {
     put(&at, "seed-bytes.vocab", Vocab::bytes().to_text().as_bytes())?;
     put(&at, "seed-o200k.vocab", Vocab::o200k().to_text().as_bytes())?;
     put(&at, "seed-restricted.vocab", Vocab::restricted([300, 301, 302, 5000]).to_text().as_bytes())?;
+    Ok(())
+}
+
+/// Reads a seed in the way of its target.
+fn accepted(target: &str, file: &Path) -> Result<(), Failure> {
+    match target {
+        "config" => drop(config::load(file, &Overrides::default())?),
+        "plan" => match file.extension().is_some_and(|e| e == "txt") {
+            true => drop(plan::from_text(&fs::read_to_string(file)?)?),
+            false => drop(plan::from_bytes(&fs::read(file)?)?),
+        },
+        "b158" => B158::open(file)?.verify_all()?,
+        "safetensors" => drop(SafeTensors::open(file)?),
+        "npy" => drop(npy::read(file)?),
+        "vocab" => drop(Vocab::load(file)?),
+        other => return Err(format!("no target is called {other}").into()),
+    }
+    Ok(())
+}
+
+#[test]
+fn seeds_are_accepted() -> Result<(), Failure> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    if std::env::var_os("CHIMERA_REWRITE_SEEDS").is_some() {
+        write_all(&root)?;
+    }
+    let mut seeds = BTreeMap::new();
+    for folder in fs::read_dir(&root)? {
+        let folder = folder?;
+        let target = folder.file_name().to_string_lossy().into_owned();
+        for file in fs::read_dir(folder.path())? {
+            let file = file?.path();
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with("seed-") {
+                accepted(&target, &file).map_err(|e| format!("{}: {e}; see the head of this file", file.display()))?;
+                *seeds.entry(target.clone()).or_insert(0) += 1;
+            }
+        }
+    }
+    assert_eq!(seeds.len(), 6, "every target has seeds: {seeds:?}");
+    assert!(seeds.values().all(|&n| n >= 2), "{seeds:?}");
     Ok(())
 }
