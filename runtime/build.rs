@@ -11,12 +11,10 @@ use std::path::{Path, PathBuf};
 /// Most bytes of the corpus, separators included.
 const CAP: usize = 600_000;
 /// Sources of crates that this crate is built from, so that watching them causes no extra builds.
-const FOLDERS: [&str; 5] =
-    ["compiler/codegen/src", "compiler/src", "frontends/src", "ir/src", "runtime/src"];
+const FOLDERS: [&str; 5] = ["compiler/codegen/src", "compiler/src", "frontends/src", "ir/src", "runtime/src"];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let var =
-        |name: &str| std::env::var_os(name).map(PathBuf::from).ok_or(format!("{name} is not set"));
+    let var = |name: &str| std::env::var_os(name).map(PathBuf::from).ok_or(format!("{name} is not set"));
     let here = var("CARGO_MANIFEST_DIR")?;
     let root = here.parent().ok_or("the crate lies at the root of the file system")?;
     println!("cargo:rerun-if-changed=build.rs");
@@ -33,9 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut texts = Vec::new();
     for path in &files {
-        let text = fs::read_to_string(path)
-            .map_err(|e| format!("{}: {e}", path.display()))?
-            .replace('\0', "");
+        let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?.replace('\0', "");
         if !text.trim().is_empty() {
             texts.push(text);
         }
@@ -72,8 +68,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
 }
 
 fn entries(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut paths =
-        fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    let mut paths = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
     paths.sort();
     Ok(paths)
 }

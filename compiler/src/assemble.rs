@@ -6,7 +6,10 @@ use chimera_ir::{
     Graph, Tensor, Type, Value,
     graph::{Kind, Repeat},
     lower::{Argument, Source},
-    plan::{BufferDecl, BufferId, Decision, Entry, Group, KernelId, Lifetime, Place, Plan, StateDecl, Step, WeightDecl, WeightKind},
+    plan::{
+        BufferDecl, BufferId, Decision, Entry, Group, KernelId, Lifetime, Place, Plan, StateDecl, Step, WeightDecl,
+        WeightKind,
+    },
 };
 
 use crate::{
@@ -142,8 +145,7 @@ impl<'a> Assembler<'a> {
         outputs: Vec<(String, usize)>,
         shared: (u64, u64),
     ) {
-        let roots: Vec<usize> =
-            (0..slots.len()).filter(|&i| slots[i].root == i && slots[i].fixed.is_none()).collect();
+        let roots: Vec<usize> = (0..slots.len()).filter(|&i| slots[i].root == i && slots[i].fixed.is_none()).collect();
         let requests: Vec<Request> = roots
             .iter()
             .map(|&i| Request { bytes: slots[i].ty.bytes() as u64, first: slots[i].first, last: slots[i].last })
@@ -162,7 +164,11 @@ impl<'a> Assembler<'a> {
                 }
                 (false, _) => {
                     let root = self.plan.buffer(ids[slot.root]).clone();
-                    if root.ty == slot.ty { ids[slot.root] } else { self.buffer(slot.ty.clone(), root.place, &slot.name) }
+                    if root.ty == slot.ty {
+                        ids[slot.root]
+                    } else {
+                        self.buffer(slot.ty.clone(), root.place, &slot.name)
+                    }
                 }
             };
             ids.push(id);
@@ -360,7 +366,8 @@ impl EntryBuilder<'_, '_> {
             })
             .collect();
         let bytes: u64 = run.ins.iter().chain(&run.outs).map(|&v| g.ty(v).bytes() as u64).sum();
-        let split = self.cx.plan.kernels[kernel.0 as usize].grid > 1 && run.flops.0 + run.flops.1 / 8 + bytes > SPLIT_WORK;
+        let split =
+            self.cx.plan.kernels[kernel.0 as usize].grid > 1 && run.flops.0 + run.flops.1 / 8 + bytes > SPLIT_WORK;
         let group = self.group(&run.site, run.flops, bytes);
         self.push(Step::Run { kernel, args, split, group });
     }

@@ -58,10 +58,10 @@ pub(crate) fn fuse(g: &Graph, budget: &mut Budget, decisions: &mut Decisions) ->
     let uses = g.uses();
     let mut f = Fuse { g, uses, home: vec![None; g.nodes().len()], clusters: vec![], decisions };
     for (i, node) in g.nodes().iter().enumerate() {
-        if let Kind::Op(op) = &node.kind {
-            if !matches!(op, Op::Reshape(_)) {
-                f.place(i, op, budget);
-            }
+        if let Kind::Op(op) = &node.kind
+            && !matches!(op, Op::Reshape(_))
+        {
+            f.place(i, op, budget);
         }
     }
     f.items(budget)
@@ -259,11 +259,9 @@ impl Fuse<'_> {
         if cluster.nodes().last() == Some(x) {
             return false;
         }
-        let inside: u32 = cluster
-            .nodes()
-            .flat_map(|y| &self.g.nodes()[y].ins)
-            .filter(|v| self.g.nodes()[x].outs.contains(v))
-            .count() as u32;
+        let inside: u32 =
+            cluster.nodes().flat_map(|y| &self.g.nodes()[y].ins).filter(|v| self.g.nodes()[x].outs.contains(v)).count()
+                as u32;
         self.g.nodes()[x].outs.iter().map(|v| self.uses[v.0 as usize]).sum::<u32>() > inside
     }
 
@@ -291,7 +289,8 @@ impl Fuse<'_> {
         let draft = &self.clusters[c];
         let mut before = draft.before.clone();
         before.sort_unstable();
-        let members: Vec<usize> = before.iter().copied().chain([draft.anchor]).chain(draft.after.iter().copied()).collect();
+        let members: Vec<usize> =
+            before.iter().copied().chain([draft.anchor]).chain(draft.after.iter().copied()).collect();
         let index = |n: usize| members.iter().position(|&m| m == n);
         let mut ins: Vec<Value> = vec![];
         let mut nodes = vec![];

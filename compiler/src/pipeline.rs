@@ -349,7 +349,9 @@ impl Stages<'_, '_> {
     fn stop(&mut self, last: &str) -> Result<(), CompileError> {
         let position = |name: &str| STAGES.iter().position(|s| *s == name);
         match &self.options.stop_after {
-            Some(stage) if position(stage) <= position(last) => Err(CompileError::Stopped(std::mem::take(&mut self.text))),
+            Some(stage) if position(stage) <= position(last) => {
+                Err(CompileError::Stopped(std::mem::take(&mut self.text)))
+            }
             _ => Ok(()),
         }
     }

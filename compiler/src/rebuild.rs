@@ -42,7 +42,10 @@ impl Rebuild<'_> {
 }
 
 /// Rebuild `old` by `rule`, which sees every node after its operands.
-pub(crate) fn rebuild(old: &Graph, rule: &mut dyn FnMut(&mut Rebuild<'_>, &Node) -> Ruling) -> Result<Graph, InferError> {
+pub(crate) fn rebuild(
+    old: &Graph,
+    rule: &mut dyn FnMut(&mut Rebuild<'_>, &Node) -> Ruling,
+) -> Result<Graph, InferError> {
     Ok(rebuild_mapped(old, rule)?.0)
 }
 

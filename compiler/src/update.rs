@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use chimera_ir::{
     DType, Graph, Tensor, Type, Value,
     ops::{
-        Balance, Binary, BinaryFn, InferError, LowRankGrad, MeanAbs, Random, Distribution, RmsScalar, Unary, UnaryFn, WeightedSum,
+        Balance, Binary, BinaryFn, Distribution, InferError, LowRankGrad, MeanAbs, Random, RmsScalar, Unary, UnaryFn,
+        WeightedSum,
     },
     plan::WeightKind,
 };
@@ -99,7 +100,13 @@ impl Update<'_> {
         self.g.op(Binary { f }, &[a, b])
     }
 
-    fn draw(&mut self, stream: String, shape: &[usize], dist: Distribution, random: [Value; 3]) -> Result<Value, InferError> {
+    fn draw(
+        &mut self,
+        stream: String,
+        shape: &[usize],
+        dist: Distribution,
+        random: [Value; 3],
+    ) -> Result<Value, InferError> {
         let op = Random { dist, stream, shape: shape.to_vec(), members: self.members, dtype: DType::F32 };
         self.g.op(op, &random)
     }
@@ -119,7 +126,9 @@ impl Update<'_> {
             let xi = self.draw(t.name.clone(), &t.dims, Distribution::Gaussian, random)?;
             self.g.op(WeightedSum {}, &[c, xi])?
         } else {
-            let [m, n] = t.dims[..] else { return Err(InferError::new("update", format!("{} is not a matrix", t.name))) };
+            let [m, n] = t.dims[..] else {
+                return Err(InferError::new("update", format!("{} is not a matrix", t.name)));
+            };
             let a = self.draw(format!("{}#A", t.name), &[m, rank], Distribution::Gaussian, random)?;
             let b = self.draw(format!("{}#B", t.name), &[n, rank], Distribution::Gaussian, random)?;
             self.g.op(LowRankGrad { rank }, &[c, a, b])?

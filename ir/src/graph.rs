@@ -216,7 +216,8 @@ impl Graph {
     pub fn verify(&self) -> Result<(), InferError> {
         let mut next = 0;
         for node in &self.nodes {
-            let fail = |why: &str| Err(InferError::new("graph", format!("{} at {}: {why}", node.kind.name(), node.site)));
+            let fail =
+                |why: &str| Err(InferError::new("graph", format!("{} at {}: {why}", node.kind.name(), node.site)));
             if node.ins.iter().any(|v| v.0 >= next) {
                 return fail("an operand is not defined yet");
             }

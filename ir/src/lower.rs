@@ -90,9 +90,7 @@ impl Cluster {
     /// For each buffer argument of [`Cluster::lower`]: the input index or the output index.
     pub fn arguments(&self) -> Vec<Argument> {
         let anchor = &self.nodes[self.anchor];
-        let shared = |&(node, o): &(usize, usize)| {
-            node == self.anchor && anchor.op.updates().iter().any(|u| u.1 == o)
-        };
+        let shared = |&(node, o): &(usize, usize)| node == self.anchor && anchor.op.updates().iter().any(|u| u.1 == o);
         let ins = (0..self.inputs.len()).map(Argument::Input);
         let outs = (0..self.outputs.len()).filter(|&i| !shared(&self.outputs[i])).map(Argument::Output);
         ins.chain(outs).collect()
@@ -297,12 +295,7 @@ impl Lower<'_> {
     }
 
     /// See [`Builder::sum`]; the closure receives the context.
-    pub fn sum(
-        &mut self,
-        lo: impl Into<Expr>,
-        hi: impl Into<Expr>,
-        f: impl FnOnce(&mut Self, Expr) -> Expr,
-    ) -> Expr {
+    pub fn sum(&mut self, lo: impl Into<Expr>, hi: impl Into<Expr>, f: impl FnOnce(&mut Self, Expr) -> Expr) -> Expr {
         self.reduce(lo, hi, |cx, i| vec![Acc::Sum(f(cx, i))]).remove(0)
     }
 }

@@ -160,28 +160,13 @@ mod tests {
 
     /// A deterministic generator of 64-bit numbers.
     fn next(state: &mut u64) -> u64 {
-        *state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         *state ^ (*state >> 29)
     }
 
     fn random(state: &mut u64, depth: usize) -> Sexpr {
-        const WORDS: [&str; 14] = [
-            "a",
-            "load",
-            "",
-            "-",
-            "-5",
-            "+",
-            "#f",
-            "two words",
-            "bar|",
-            "\"q\\",
-            "ünï\u{1}\n",
-            "1x",
-            "%",
-            ";",
-        ];
+        const WORDS: [&str; 14] =
+            ["a", "load", "", "-", "-5", "+", "#f", "two words", "bar|", "\"q\\", "ünï\u{1}\n", "1x", "%", ";"];
         let r = next(state);
         let word = WORDS[(r >> 8) as usize % WORDS.len()];
         match r % 8 {
@@ -204,18 +189,7 @@ mod tests {
 
     #[test]
     fn both_forms_round_trip() {
-        let floats = [
-            0.0,
-            -0.0,
-            1e-45,
-            0.1,
-            1e30,
-            f32::MAX,
-            f32::NAN,
-            -f32::NAN,
-            f32::INFINITY,
-            f32::NEG_INFINITY,
-        ];
+        let floats = [0.0, -0.0, 1e-45, 0.1, 1e30, f32::MAX, f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
         check(&Sexpr::List(floats.iter().map(|x| Sexpr::F32(x.to_bits())).collect()));
         check(&Sexpr::List(floats.iter().map(|x| Sexpr::F64(f64::from(*x).to_bits())).collect()));
         check(&Sexpr::List([0, -1, i64::MIN, i64::MAX, 30, 31].map(Sexpr::Int).to_vec()));
@@ -229,22 +203,14 @@ mod tests {
     #[test]
     fn text_is_laid_out_by_the_tree_alone() {
         let sum = |n: i64| Sexpr::form("+", (0..n).map(|i| Sexpr::form("v", [Sexpr::Int(i)])));
-        let body = Sexpr::form(
-            "for",
-            [Sexpr::sym("i"), sum(2), Sexpr::Int(9), Sexpr::sym("seq"), sum(30)],
-        );
+        let body = Sexpr::form("for", [Sexpr::sym("i"), sum(2), Sexpr::Int(9), Sexpr::sym("seq"), sum(30)]);
         let text = body.to_text();
         assert!(text.starts_with("(for i (+ (v 0) (v 1)) 9 seq\n  (+\n    (v 0)\n"), "{text}");
         assert!(text.lines().all(|l| l.len() <= 120));
         let bare = text.replace("\n", " ; a comment\n");
         assert_eq!(Sexpr::parse(&bare), Ok(body));
         let numbers = Sexpr::List((0..1000).map(Sexpr::Int).collect());
-        assert!(
-            numbers
-                .to_text()
-                .lines()
-                .all(|l| l.len() > 100 || l.ends_with("))") || l.ends_with(')'))
-        );
+        assert!(numbers.to_text().lines().all(|l| l.len() > 100 || l.ends_with("))") || l.ends_with(')')));
         assert_eq!(Sexpr::sym(&"x".repeat(500)).excerpt().len(), 63);
     }
 
@@ -295,22 +261,14 @@ mod tests {
             (&[2, 1, b'a', 1, b'a', 5 | 2 << 3, 0, 8], "occurred before"),
             (&[1, 1, 0xff, 0], "UTF-8"),
             (&[0, 5 | 31 << 3, 0xff, 0xff, 0xff, 0xff, 0x0f], "a count of"),
-            (
-                &[0, 2 | 31 << 3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2],
-                "above 64 bits",
-            ),
+            (&[0, 2 | 31 << 3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2], "above 64 bits"),
             (&[0xff, 0xff, 0xff, 0x7f], "a count of"),
         ];
         for (bytes, part) in rows {
             let why = Sexpr::from_bytes(bytes).expect_err("refused").to_string();
             assert!(why.contains(part), "{bytes:?}: {why}");
         }
-        assert!(
-            Sexpr::from_bytes(&nested(MAX_DEPTH))
-                .expect_err("refused")
-                .to_string()
-                .contains("nesting")
-        );
+        assert!(Sexpr::from_bytes(&nested(MAX_DEPTH)).expect_err("refused").to_string().contains("nesting"));
     }
 
     #[test]

@@ -40,9 +40,7 @@ fn cgroup_quota(read: impl Fn(&Path) -> Option<String>) -> Option<usize> {
     let mut quota: Option<usize> = None;
     for line in groups.lines() {
         let mut fields = line.splitn(3, ':');
-        let (Some(id), Some(controllers), Some(path)) =
-            (fields.next(), fields.next(), fields.next())
-        else {
+        let (Some(id), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
             continue;
         };
         let unified = id == "0" && controllers.is_empty();
@@ -50,8 +48,7 @@ fn cgroup_quota(read: impl Fn(&Path) -> Option<String>) -> Option<usize> {
             continue;
         }
         for folder in ancestors(path) {
-            let found =
-                if unified { unified_quota(&read, &folder) } else { legacy_quota(&read, &folder) };
+            let found = if unified { unified_quota(&read, &folder) } else { legacy_quota(&read, &folder) };
             quota = [quota, found].into_iter().flatten().min();
         }
     }
@@ -61,15 +58,13 @@ fn cgroup_quota(read: impl Fn(&Path) -> Option<String>) -> Option<usize> {
 /// The group's folder and its ancestors down to the root, relative to the mount point. Components that lead out of the
 /// mount are dropped: inside a container the path may name a group that only the host sees.
 fn ancestors(path: &str) -> Vec<PathBuf> {
-    let inside: PathBuf =
-        path.split('/').filter(|part| !matches!(*part, "" | "." | "..")).collect();
+    let inside: PathBuf = path.split('/').filter(|part| !matches!(*part, "" | "." | "..")).collect();
     inside.ancestors().map(Path::to_path_buf).collect()
 }
 
 fn unified_quota(read: &impl Fn(&Path) -> Option<String>, folder: &Path) -> Option<usize> {
     let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-    let text =
-        mounts.iter().find_map(|mount| read(&Path::new(mount).join(folder).join("cpu.max")))?;
+    let text = mounts.iter().find_map(|mount| read(&Path::new(mount).join(folder).join("cpu.max")))?;
     let mut words = text.split_whitespace();
     let quota = words.next()?.parse().ok()?;
     whole_cpus(quota, words.next()?.parse().ok()?)
@@ -78,9 +73,8 @@ fn unified_quota(read: &impl Fn(&Path) -> Option<String>, folder: &Path) -> Opti
 fn legacy_quota(read: &impl Fn(&Path) -> Option<String>, folder: &Path) -> Option<usize> {
     let mounts = ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"];
     mounts.iter().find_map(|mount| {
-        let number = |file: &str| -> Option<i64> {
-            read(&Path::new(mount).join(folder).join(file))?.trim().parse().ok()
-        };
+        let number =
+            |file: &str| -> Option<i64> { read(&Path::new(mount).join(folder).join(file))?.trim().parse().ok() };
         whole_cpus(number("cpu.cfs_quota_us")?, number("cpu.cfs_period_us")?)
     })
 }
@@ -99,9 +93,7 @@ mod tests {
     use super::*;
 
     fn quota(files: &[(&str, &str)]) -> Option<usize> {
-        cgroup_quota(|path| {
-            files.iter().find(|(name, _)| Path::new(name) == path).map(|(_, text)| text.to_string())
-        })
+        cgroup_quota(|path| files.iter().find(|(name, _)| Path::new(name) == path).map(|(_, text)| text.to_string()))
     }
 
     #[test]
@@ -125,18 +117,15 @@ mod tests {
         assert_eq!(quota(&[own, period, limit("-1\n")]), None);
         assert_eq!(quota(&[own, period, limit("150000\n")]), Some(2));
         assert_eq!(quota(&[own, limit("150000\n")]), None);
-        let root = [
-            ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "700000"),
-            ("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000"),
-        ];
+        let root =
+            [("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "700000"), ("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")];
         assert_eq!(quota(&[own, root[0], root[1]]), Some(7));
     }
 
     #[test]
     fn odd_text_sets_no_limit() {
         let texts = ["", "\0\u{1}", "::::", "0:", "0::", "x:cpu:/a", "4:cpu:", "0::/../../host\n"];
-        let values =
-            ["", " ", "max", "-5 100000", "1", "1 0", "x y", "99999999999999999999 1", "0 0"];
+        let values = ["", " ", "max", "-5 100000", "1", "1 0", "x y", "99999999999999999999 1", "0 0"];
         for text in texts {
             for value in values {
                 let files = [

@@ -1,6 +1,4 @@
 //! Placeholder.
-pub mod text;
-pub mod train;
 pub mod affinity;
 pub mod call;
 pub mod exec;
@@ -8,3 +6,5 @@ pub mod files;
 pub mod generate;
 pub mod pool;
 pub mod rng;
+pub mod text;
+pub mod train;

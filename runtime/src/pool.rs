@@ -37,10 +37,7 @@ pub struct Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool")
-            .field("threads", &self.shared.threads)
-            .field("spin", &self.shared.spin)
-            .finish()
+        f.debug_struct("Pool").field("threads", &self.shared.threads).field("spin", &self.shared.spin).finish()
     }
 }
 
@@ -69,19 +66,14 @@ impl Pool {
             finished: (Mutex::new(()), Condvar::new()),
             panic: Mutex::new(None),
         });
-        let mut pool =
-            Pool { shared, workers: Vec::with_capacity(threads - 1), turn: Mutex::new(()) };
+        let mut pool = Pool { shared, workers: Vec::with_capacity(threads - 1), turn: Mutex::new(()) };
         for worker in 1..threads {
             let shared = Arc::clone(&pool.shared);
-            let started = thread::Builder::new()
-                .name(format!("chimera-worker-{worker}"))
-                .spawn(move || work(&shared, worker));
+            let started =
+                thread::Builder::new().name(format!("chimera-worker-{worker}")).spawn(move || work(&shared, worker));
             // On failure the pool is dropped here, which joins the threads that did start.
             pool.workers.push(started.map_err(|error| {
-                let reason = format!(
-                    "cannot start thread {} of {threads}: {error}; ask for fewer threads",
-                    worker + 1
-                );
+                let reason = format!("cannot start thread {} of {threads}: {error}; ask for fewer threads", worker + 1);
                 io::Error::new(error.kind(), reason)
             })?);
         }
@@ -135,10 +127,7 @@ struct Inside;
 impl Inside {
     fn enter() -> Inside {
         let nested = INSIDE.replace(true);
-        assert!(
-            !nested,
-            "regions of a thread pool do not nest: `Pool::run` was called inside a region"
-        );
+        assert!(!nested, "regions of a thread pool do not nest: `Pool::run` was called inside a region");
         Inside
     }
 }
@@ -230,9 +219,7 @@ impl Shared {
 
     /// Tells the caller that one worker has left the region.
     fn leave(&self) {
-        if self.remaining.fetch_sub(1, Ordering::SeqCst) == 1
-            && self.caller_sleeps.load(Ordering::SeqCst)
-        {
+        if self.remaining.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_sleeps.load(Ordering::SeqCst) {
             let (mutex, condvar) = &self.finished;
             drop(lock(mutex));
             condvar.notify_one();
@@ -310,11 +297,7 @@ mod tests {
     }
 
     fn message(payload: &Payload) -> &str {
-        payload
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or(payload.downcast_ref::<&str>().copied())
-            .unwrap_or("")
+        payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied()).unwrap_or("")
     }
 
     #[test]
@@ -374,9 +357,7 @@ mod tests {
             for pool in pools(threads) {
                 for culprit in 0..threads {
                     let caught = catch_unwind(AssertUnwindSafe(|| {
-                        pool.run(&|worker, _| {
-                            assert!(worker != culprit, "worker {worker} gave up")
-                        });
+                        pool.run(&|worker, _| assert!(worker != culprit, "worker {worker} gave up"));
                     }));
                     let payload = caught.expect_err("the panic reaches the caller");
                     assert_eq!(message(&payload), format!("worker {culprit} gave up"));

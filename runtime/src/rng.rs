@@ -28,8 +28,7 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let p0 = u64::from(c0) * u64::from(MULTIPLIERS[0]);
         let p1 = u64::from(c2) * u64::from(MULTIPLIERS[1]);
-        (c0, c1, c2, c3) =
-            ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
+        (c0, c1, c2, c3) = ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
         (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
     }
     [c0, c1, c2, c3]
@@ -245,18 +244,12 @@ pub fn poisson_depth(mean: f64, low: u32, high: u32, step: u32, sequence: u32, s
 }
 
 fn block_of(index: u64, per_block: u64) -> u32 {
-    u32::try_from(index / per_block)
-        .expect("a stream has 2^32 blocks; the element index is beyond them")
+    u32::try_from(index / per_block).expect("a stream has 2^32 blocks; the element index is beyond them")
 }
 
 /// Fills `out` with elements `first..` of a stream. `batch` makes the `N` elements of `blocks` consecutive blocks from the
 /// number of the first one; elements of blocks beyond the counter are made at most to be dropped.
-fn fill<T: Copy, const N: usize>(
-    first: u64,
-    out: &mut [T],
-    blocks: u32,
-    batch: impl Fn(u32) -> [T; N],
-) {
+fn fill<T: Copy, const N: usize>(first: u64, out: &mut [T], blocks: u32, batch: impl Fn(u32) -> [T; N]) {
     let Some(last) = (out.len() as u64).checked_sub(1) else { return };
     block_of(first.saturating_add(last), (N as u64) / u64::from(blocks));
     let skip = (first % N as u64) as usize;
@@ -283,11 +276,8 @@ mod tests {
     use crate::files::safetensors::SafeTensors;
     use std::path::Path;
 
-    const STREAMS: [(&str, usize, u32, u32); 3] = [
-        ("layers.0.attn.q_proj.weight", 301, 0, 0),
-        ("embed.weight#A", 7, 5, 3),
-        ("x", 1, STEP_INIT, 0xFFFF_FFFF),
-    ];
+    const STREAMS: [(&str, usize, u32, u32); 3] =
+        [("layers.0.attn.q_proj.weight", 301, 0, 0), ("embed.weight#A", 7, 5, 3), ("x", 1, STEP_INIT, 0xFFFF_FFFF)];
     const SEED: u64 = 0x0123_4567_89AB_CDEF;
 
     fn golden() -> SafeTensors {
@@ -309,14 +299,8 @@ mod tests {
 
     #[test]
     fn known_answers() {
-        assert_eq!(
-            philox4x32([0; 4], [0; 2]),
-            [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]
-        );
-        assert_eq!(
-            philox4x32([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]
-        );
+        assert_eq!(philox4x32([0; 4], [0; 2]), [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]);
+        assert_eq!(philox4x32([u32::MAX; 4], [u32::MAX; 2]), [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]);
         assert_eq!(fnv1a32(""), 0x811C_9DC5);
         assert_eq!(fnv1a32("a"), 0xE40C_292C);
     }

@@ -91,7 +91,8 @@ fn bad_input_has_a_sentence_and_a_code() {
     fs::write(place.path("latin.txt"), b"caf\xe9 ".repeat(100)).expect("written");
     fs::write(place.path("short.txt"), "abc").expect("written");
     fs::write(place.path("bad.json"), "{ \"hiden_size\": 3 }").expect("written");
-    fs::write(place.path("noise.b158"), b"\x89b158\r\n\x1a\x01\0\0\0 and then noise that is no table").expect("written");
+    fs::write(place.path("noise.b158"), b"\x89b158\r\n\x1a\x01\0\0\0 and then noise that is no table")
+        .expect("written");
     fs::write(place.path("noise.plan"), "chimera-plan 1 crc32c 00000000\n(plan)").expect("written");
     let cases: [(&[&str], i32, &str); 11] = [
         (&["model.json", "--data", "empty.txt"], 1, "empty.txt: the file is empty"),
@@ -119,7 +120,8 @@ fn weights_must_belong_to_the_vocabulary() {
     let place = Place::new();
     let (code, _, stderr) = output(place.train(&["--steps", "1", "--batch", "2", "--seq-len", "16", "--out", "run"]));
     assert_eq!(code, Some(0), "{stderr}");
-    let (code, _, stderr) = output(place.bare(&["run", "--data", "data.txt", "--vocab", "o200k:restricted", "--out", "b"]));
+    let (code, _, stderr) =
+        output(place.bare(&["run", "--data", "data.txt", "--vocab", "o200k:restricted", "--out", "b"]));
     assert!(code == Some(3) && stderr.contains("vocabulary bytes"), "{code:?}: {stderr}");
     let (code, _, stderr) = output(place.bare(&["run", "--data", "data.txt", "--scale", "pico", "--out", "b"]));
     assert!(code == Some(2) && stderr.contains("--scale and --set"), "{code:?}: {stderr}");
@@ -136,7 +138,20 @@ fn weights_must_belong_to_the_vocabulary() {
 /// A run that only its end bounds, behind its first checkpoint.
 #[cfg(unix)]
 fn endless(place: &Place, out: &str) -> Child {
-    let words = ["--steps", "1000000", "--batch", "2", "--seq-len", "16", "--save-every", "1", "--val-every", "0", "--out", out];
+    let words = [
+        "--steps",
+        "1000000",
+        "--batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--save-every",
+        "1",
+        "--val-every",
+        "0",
+        "--out",
+        out,
+    ];
     let mut command = place.train(&words);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command starts");
     let patience = Instant::now() + Duration::from_secs(300);

@@ -44,7 +44,12 @@ fn encode(data: &Data) -> Vec<u8> {
 fn decode(dtype: DType, bytes: &[u8]) -> Data {
     macro_rules! parts {
         ($Variant:ident, $ty:ty) => {
-            Data::$Variant(bytes.chunks_exact(size_of::<$ty>()).map(|c| <$ty>::from_le_bytes(c.try_into().expect("whole"))).collect())
+            Data::$Variant(
+                bytes
+                    .chunks_exact(size_of::<$ty>())
+                    .map(|c| <$ty>::from_le_bytes(c.try_into().expect("whole")))
+                    .collect(),
+            )
         };
     }
     match dtype {
@@ -134,7 +139,8 @@ pub fn run_lowered(
     let before = args.clone();
     let whole = [(0, kernel.grid as i64)];
     run(kernel, runner, &mut args, ranges.unwrap_or(&whole))?;
-    let read_only = kernel.bufs.iter().filter(|b| b.role != Role::Scratch).enumerate().filter(|(_, b)| b.role == Role::In);
+    let read_only =
+        kernel.bufs.iter().filter(|b| b.role != Role::Scratch).enumerate().filter(|(_, b)| b.role == Role::In);
     for (n, decl) in read_only {
         assert!(same_bits(&args[n], &before[n]), "{}: read-only buffer {} was written", kernel.name, decl.name);
     }

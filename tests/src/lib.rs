@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows of single emitters; a suite visits all of them through [`engine::Engine::all`].
 
-pub mod engine;
 pub mod clusters;
+pub mod engine;
 pub mod golden;
 pub mod reference;

@@ -104,7 +104,7 @@ fn replay(name: &str) {
     for (index, (file, bytes)) in corpus.iter().enumerate() {
         try_one("the content", file, bytes);
         let mut random = Bits(0x9e37_79b9_7f4a_7c15 ^ (index as u64 + 1));
-        for number in 0..(100_000 / (bytes.len() + 1)).clamp(8, 100) {
+        for number in 0..(400_000 / (bytes.len() + 1)).clamp(32, 400) {
             let other = &corpus[random.below(corpus.len())].1;
             let mut damaged = bytes.clone();
             for _ in 0..1 + random.below(3) {

@@ -123,7 +123,8 @@ fn codes_of_activations_and_their_product() {
 /// Scales and packed codes of the weight of a `bitlinear` case.
 fn ternary_weight(g: &Golden) -> (Tensor, Tensor, Tensor) {
     let w = g.tensor("param.weight");
-    let alpha = all_ways(GroupScale { mode: ScaleMode::PerGroup(GROUP) }, std::slice::from_ref(&w)).remove(0).1.remove(0);
+    let alpha =
+        all_ways(GroupScale { mode: ScaleMode::PerGroup(GROUP) }, std::slice::from_ref(&w)).remove(0).1.remove(0);
     let packed = all_ways(PackTernary { group: GROUP, ratio: 0.5 }, &[w.clone(), alpha.clone()]).remove(0).1.remove(0);
     (w, packed, alpha)
 }
@@ -195,7 +196,11 @@ fn norm_then_quantise_is_the_composite() {
         let both = all_ways(NormQuantise { kind: NormKind::Rms, eps: 1e-6, block }, std::slice::from_ref(&x));
         let norm = all_ways(Norm { kind: NormKind::Rms, width: x.ty.cols(), eps: 1e-6 }, std::slice::from_ref(&x));
         for ((way, both), (_, norm)) in both.into_iter().zip(norm) {
-            let codes = all_ways(Quantise { block }, &norm).into_iter().find(|(other, _)| *other == way).expect("the same ways").1;
+            let codes = all_ways(Quantise { block }, &norm)
+                .into_iter()
+                .find(|(other, _)| *other == way)
+                .expect("the same ways")
+                .1;
             assert_eq!(both, [norm, codes].concat(), "block {block} by {way}");
         }
     }

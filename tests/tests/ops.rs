@@ -32,16 +32,11 @@ struct Sample {
 }
 
 fn samples() -> impl Iterator<Item = Sample> {
-    // One operation or a part of its name can be singled out while it is being written.
-    let only = std::env::var("CHIMERA_ONLY_OP").ok();
-    Op::samples().into_iter().enumerate().filter_map(move |(i, (op, types))| {
-        if only.as_ref().is_some_and(|name| !op.name().contains(name.as_str())) {
-            return None;
-        }
+    Op::samples().into_iter().enumerate().map(|(i, (op, types))| {
         let mut random = sequence(i as u64 + 1);
         let ins = types.iter().enumerate().map(|(k, ty)| op.sample_input(k, ty, &mut random)).collect();
         let name = format!("sample {i}: {} ({})", op.text(), list(&types));
-        Some(Sample { name, op, types, ins })
+        Sample { name, op, types, ins }
     })
 }
 
@@ -109,7 +104,12 @@ fn assert_accuracy(name: &str, accuracy: Accuracy, got: &[Tensor], want: &[Tenso
         }
         if let Some(&i) = off.first() {
             let n = off.len();
-            panic!("{name}: result {o}: {n} of {} differ from eval; element {i} is {}, expected {}", g.len(), g[i], w[i]);
+            panic!(
+                "{name}: result {o}: {n} of {} differ from eval; element {i} is {}, expected {}",
+                g.len(),
+                g[i],
+                w[i]
+            );
         }
     }
 }
@@ -132,7 +132,12 @@ fn samples_infer_verify_and_evaluate_to_their_types() {
         g.outputs = results.iter().enumerate().map(|(o, v)| (format!("out{o}"), *v)).collect();
         g.verify().unwrap_or_else(|e| panic!("{}: {e}", s.name));
         for (k, (t, ty)) in s.ins.iter().zip(&s.types).enumerate() {
-            assert_eq!((&t.ty, t.data.len(), t.data.dtype()), (ty, ty.numel(), ty.dtype), "{}: sample input {k}", s.name);
+            assert_eq!(
+                (&t.ty, t.data.len(), t.data.dtype()),
+                (ty, ty.numel(), ty.dtype),
+                "{}: sample input {k}",
+                s.name
+            );
         }
         let got = s.op.eval(&refs(&s.ins));
         assert_eq!(got.len(), outs.len(), "{}", s.name);
@@ -168,7 +173,11 @@ fn grids_split_anywhere() {
         let kernel = cluster.lower();
         let (want, n) = (interpreted(&s.name, &cluster, &s.ins), kernel.grid as i64);
         let third = n.div_euclid(3);
-        for ranges in [vec![(n / 2, n), (0, n / 2)], vec![(third, n), (0, third)], (0..n.min(40)).rev().map(|i| (i, i + 1)).collect()] {
+        for ranges in [
+            vec![(n / 2, n), (0, n / 2)],
+            vec![(third, n), (0, third)],
+            (0..n.min(40)).rev().map(|i| (i, i + 1)).collect(),
+        ] {
             let covered: i64 = ranges.iter().map(|r| r.1 - r.0).sum();
             if covered == n {
                 let got = run_lowered(&cluster, &kernel, Runner::Reference, &refs(&s.ins), Some(&ranges));
@@ -228,7 +237,11 @@ fn fusion_changes_nothing() {
         let mut sources: Vec<Source> = (0..inputs.len()).map(Source::Input).collect();
         for &k in &pulled {
             sources[k] = Source::Node(nodes.len(), 0);
-            nodes.push(ClusterNode { op: producer.clone(), ins: vec![Source::Input(k)], outs: vec![s.types[k].clone()] });
+            nodes.push(ClusterNode {
+                op: producer.clone(),
+                ins: vec![Source::Input(k)],
+                outs: vec![s.types[k].clone()],
+            });
         }
         let anchor = nodes.len();
         nodes.push(ClusterNode { op: s.op.clone(), ins: sources, outs: outs.clone() });
@@ -243,7 +256,12 @@ fn fusion_changes_nothing() {
         // The unfused way.
         let mut alone = s.ins.clone();
         for &k in &pulled {
-            alone[k] = interpreted(&s.name, &Cluster::single(producer.clone(), &s.types[k..=k]).expect("pointwise"), &s.ins[k..=k]).remove(0);
+            alone[k] = interpreted(
+                &s.name,
+                &Cluster::single(producer.clone(), &s.types[k..=k]).expect("pointwise"),
+                &s.ins[k..=k],
+            )
+            .remove(0);
         }
         let mut want = interpreted(&s.name, &Cluster::single(s.op.clone(), &s.types).expect("checked above"), &alone);
         for (j, &o) in pushed.iter().enumerate() {
@@ -252,7 +270,8 @@ fn fusion_changes_nothing() {
             want.push(interpreted(&s.name, &single, &pair).remove(0));
         }
         // All results stored, then only those at the end.
-        let ends: Vec<usize> = (0..outputs.len()).filter(|&i| outputs[i].0 != anchor || !pushed.contains(&outputs[i].1)).collect();
+        let ends: Vec<usize> =
+            (0..outputs.len()).filter(|&i| outputs[i].0 != anchor || !pushed.contains(&outputs[i].1)).collect();
         for keep in [(0..outputs.len()).collect::<Vec<_>>(), ends] {
             let outputs = keep.iter().map(|&i| outputs[i]).collect();
             let cluster = Cluster { inputs: inputs.clone(), nodes: nodes.clone(), anchor, outputs };

@@ -19,7 +19,11 @@ const FORBIDDEN: &[(&str, &[&str], &str)] = &[
     ("ir/src", &["std::fs", "std::thread", "std::time", "std::env", "std::net", "rand::", "target_feature"], "law 1"),
     ("ir/src", &["x86", "avx", "neon", "aarch64"], "law 1: no CPU names"),
     ("frontends/src", &["chimera_codegen", "chimera_compiler", "chimera_runtime"], "dependencies point one way"),
-    ("compiler/codegen/src", &["chimera_ir::graph", "chimera_ir::Graph", "chimera_ir::ops", "chimera_ir::plan"], "law 4"),
+    (
+        "compiler/codegen/src",
+        &["chimera_ir::graph", "chimera_ir::Graph", "chimera_ir::ops", "chimera_ir::plan"],
+        "law 4",
+    ),
 ];
 
 fn root() -> &'static Path {

@@ -56,7 +56,8 @@ impl Case {
     /// The samples that the golden file has of the weights as they are: `(name, found, expected, before)`.
     fn samples(&self, prefix: &str, count: usize) -> Vec<(String, Vec<f32>, Vec<f32>, Vec<f32>)> {
         let wanted = self.golden.with_prefix(&format!("{prefix}.sample."));
-        let take = |values: &[f32]| -> Vec<f32> { values.iter().copied().step_by((values.len() / count).max(1)).collect() };
+        let take =
+            |values: &[f32]| -> Vec<f32> { values.iter().copied().step_by((values.len() / count).max(1)).collect() };
         let row = |(name, want): (String, Tensor)| {
             let found = take(&self.trainer.exec().weight_f32(&name).expect("a weight"));
             let before = take(self.before[&name].as_f32());
@@ -90,7 +91,11 @@ impl Case {
     fn check_last_samples(&self) {
         let tolerance = self.golden.tolerance("final_median_rtol");
         let error = |(a, b): (&f32, &f32)| (a - b).abs() / b.abs().max(1e-3);
-        let errors = self.samples("final", 128).iter().flat_map(|s| s.1.iter().zip(&s.2).map(error).collect::<Vec<_>>()).collect();
+        let errors = self
+            .samples("final", 128)
+            .iter()
+            .flat_map(|s| s.1.iter().zip(&s.2).map(error).collect::<Vec<_>>())
+            .collect();
         let error = median(errors);
         assert!(error <= tolerance, "median error of values {error}, allowed {tolerance}");
     }
@@ -102,7 +107,10 @@ fn median(mut values: Vec<f32>) -> f32 {
 }
 
 fn close(what: &str, found: f64, want: f32, tolerance: f32) {
-    assert!((found - f64::from(want)).abs() <= f64::from(tolerance), "{what}: found {found}, expected {want} within {tolerance}");
+    assert!(
+        (found - f64::from(want)).abs() <= f64::from(tolerance),
+        "{what}: found {found}, expected {want} within {tolerance}"
+    );
 }
 
 fn per_sequence(rank: usize) {
@@ -185,7 +193,9 @@ fn initial_weights() {
     for p in parameters {
         let weight = WeightDecl { name: p.name.clone(), kind: kind(p.kind), ty: Type::f32(&p.dims) };
         let found = init::initial(&weight, model.initializer_range, 0);
-        let normal = p.name.ends_with("memory_w1") || p.name.ends_with("persistent_memory") || !matches!(weight.kind, WeightKind::Vector);
+        let normal = p.name.ends_with("memory_w1")
+            || p.name.ends_with("persistent_memory")
+            || !matches!(weight.kind, WeightKind::Vector);
         let taken = found.iter().step_by((found.len() / 64).max(1));
         let want = samples[&p.name].as_f32();
         assert_eq!(taken.len(), want.len(), "{}", p.name);

@@ -24,9 +24,17 @@ const STEPS: u64 = 5;
 const SEED: u64 = 11;
 
 fn plan(scheme: &Scheme) -> Plan {
-    let sets = ["hidden_size=32", "intermediate_size=32", "num_hidden_layers=2", "head_dim=16", "backbone.layer_pattern=\"GD XM\""];
+    let sets = [
+        "hidden_size=32",
+        "intermediate_size=32",
+        "num_hidden_layers=2",
+        "head_dim=16",
+        "backbone.layer_pattern=\"GD XM\"",
+    ];
     let sets = sets.map(str::to_owned).to_vec();
-    let model = config::preset(Scale::Pico, &Overrides { sets, ..Overrides::default() }).unwrap_or_else(|e| panic!("{e}")).model;
+    let model = config::preset(Scale::Pico, &Overrides { sets, ..Overrides::default() })
+        .unwrap_or_else(|e| panic!("{e}"))
+        .model;
     let spec = |kind| EntrySpec { kind, rows: ROWS, tokens: TOKENS, depth: None };
     let entries = vec![
         spec(EntryKind::DualLoss(scheme.clone())),
@@ -89,7 +97,9 @@ fn train(trainer: &mut Trainer, folder: &Path, progress: Progress, stop_at: u64)
 fn bits(trainer: &Trainer) -> Vec<(String, Vec<u32>)> {
     let exec = trainer.exec();
     let weights = exec.plan().weights.iter();
-    weights.map(|w| (w.name.clone(), exec.weight::<f32>(&w.name).expect("f32").iter().map(|x| x.to_bits()).collect())).collect()
+    weights
+        .map(|w| (w.name.clone(), exec.weight::<f32>(&w.name).expect("f32").iter().map(|x| x.to_bits()).collect()))
+        .collect()
 }
 
 /// What depends on the run and not on the clock, line by line.
@@ -106,7 +116,8 @@ fn losses(folder: &Path) -> Vec<(u64, u64, Option<u64>, u64)> {
 #[test]
 fn interruptions_and_threads_change_nothing() {
     let per_sequence = Scheme::PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01 };
-    let mezo = Scheme::Mezo { requantise: false, directions: 2, dist: Distribution::Gaussian, eps: 1e-2, eps_rel: Some(0.1) };
+    let mezo =
+        Scheme::Mezo { requantise: false, directions: 2, dist: Distribution::Gaussian, eps: 1e-2, eps_rel: Some(0.1) };
     for scheme in [per_sequence, mezo] {
         let plan = plan(&scheme);
         let folder = tempfile::tempdir().expect("a folder");

@@ -21,7 +21,8 @@ fn op_of(g: &Graph, v: Value) -> Option<&Op> {
 pub(super) fn norm_quantise(g: &Graph, budget: &mut Budget) -> Result<Graph, InferError> {
     // The quantisation that uses a norm, if there is exactly one.
     let quantised = |g: &Graph, norm: Value| {
-        let mut found = g.nodes().iter().filter(|n| n.ins.contains(&norm) && matches!(n.kind, Kind::Op(Op::Quantise(_))));
+        let mut found =
+            g.nodes().iter().filter(|n| n.ins.contains(&norm) && matches!(n.kind, Kind::Op(Op::Quantise(_))));
         found.next().filter(|_| found.next().is_none()).cloned()
     };
     // Results of a norm that has become composite, by its old value: float, codes, scales.
@@ -95,7 +96,8 @@ fn partner(cx: &Rebuild<'_>, node: &Node, p: &TernaryProduct) -> Option<Node> {
                 }
                 let def = g.def(other);
                 let same = def.kind_eq(node) && def.ins[..2] == node.ins[..2] && def.ins.get(4) == node.ins.get(4);
-                return (same && def.outs[0] > node.outs[0] && g.ty(def.ins[2]) == g.ty(node.ins[2])).then(|| def.clone());
+                return (same && def.outs[0] > node.outs[0] && g.ty(def.ins[2]) == g.ty(node.ins[2]))
+                    .then(|| def.clone());
             }
             _ => return None,
         }

@@ -2,11 +2,7 @@
 
 use std::collections::HashMap;
 
-use chimera_ir::{
-    Graph, Value,
-    graph::Kind,
-    ops::InferError,
-};
+use chimera_ir::{Graph, Value, graph::Kind, ops::InferError};
 
 use super::Budget;
 use crate::rebuild::rebuild;

@@ -10,8 +10,8 @@ use chimera_ir::{
     DType, Graph, Op, Tensor, Type, Value,
     graph::{Kind, Node, Repeat},
     ops::{
-        Axis, Binary, BinaryFn, CrossEntropy, Dispatch, EmbedRank, InferError, Linear, MeanAbs, MemberDot, PackPanels, Probe,
-        Random, Distribution, RankUpdate, Reshape, Stack, TernaryProduct, TileRows, Unary, UnaryFn,
+        Axis, Binary, BinaryFn, CrossEntropy, Dispatch, Distribution, EmbedRank, InferError, Linear, MeanAbs,
+        MemberDot, PackPanels, Probe, Random, RankUpdate, Reshape, Stack, TernaryProduct, TileRows, Unary, UnaryFn,
     },
     plan::WeightKind,
 };
@@ -151,14 +151,7 @@ impl Transform<'_> {
         Ok(map)
     }
 
-    fn node(
-        &mut self,
-        old: &Graph,
-        g: &mut Graph,
-        node: &Node,
-        map: &Map,
-        times: u64,
-    ) -> Result<Vec<New>, InferError> {
+    fn node(&mut self, old: &Graph, g: &mut Graph, node: &Node, map: &Map, times: u64) -> Result<Vec<New>, InferError> {
         let ty = || old.ty(node.outs[0]).clone();
         let plain = |v, batched| Ok(vec![New { v, split: false, batched }]);
         match &node.kind {
@@ -235,7 +228,11 @@ impl Transform<'_> {
         self.random = Some(outer);
         for (i, (name, v)) in r.body.outputs.iter().enumerate() {
             let new = inner[v];
-            let new = if i < r.n_carried && ins[i].split { self.stacked(&mut body, New { batched: true, ..new })? } else { new };
+            let new = if i < r.n_carried && ins[i].split {
+                self.stacked(&mut body, New { batched: true, ..new })?
+            } else {
+                new
+            };
             body.outputs.push((name.clone(), new.v));
         }
         let operands: Vec<Value> = ins.iter().map(|n| n.v).chain(outer).collect();
@@ -244,14 +241,7 @@ impl Transform<'_> {
     }
 
     /// The operation itself, stacked when an operand is.
-    fn apply(
-        &mut self,
-        old: &Graph,
-        g: &mut Graph,
-        op: &Op,
-        node: &Node,
-        map: &Map,
-    ) -> Result<Vec<New>, InferError> {
+    fn apply(&mut self, old: &Graph, g: &mut Graph, op: &Op, node: &Node, map: &Map) -> Result<Vec<New>, InferError> {
         let mut ins: Vec<New> = node.ins.iter().map(|v| map[v]).collect();
         // Mode A: codes of the perturbed latent, scales of the unperturbed one.
         if let (Op::PackTernary(_) | Op::TernaryDense(_), Scheme::Mezo { requantise: true, .. }) = (op, self.scheme) {
@@ -322,7 +312,9 @@ impl Transform<'_> {
         };
         let x = self.stacked(g, x)?;
         let grouped = match op {
-            Op::TernaryProduct(TernaryProduct { grouped_rows, .. }) | Op::Linear(Linear { grouped_rows, .. }) => *grouped_rows,
+            Op::TernaryProduct(TernaryProduct { grouped_rows, .. }) | Op::Linear(Linear { grouped_rows, .. }) => {
+                *grouped_rows
+            }
             _ => false,
         };
         let offsets = grouped.then(|| map[node.ins.last().expect("grouped rows have offsets")]);
@@ -337,7 +329,8 @@ impl Transform<'_> {
                 let [a, b] = self.factors(g, &names[0], rank)?;
                 let u = g.op(MemberDot { rank, members: self.members, gathered: None }, &[x.v, b])?;
                 let scale = self.low_rank_scale(g, &names[0], rank, kappa)?;
-                let signs: Vec<f32> = (0..2 * self.members).map(|r| if r < self.members { 1.0 } else { -1.0 }).collect();
+                let signs: Vec<f32> =
+                    (0..2 * self.members).map(|r| if r < self.members { 1.0 } else { -1.0 }).collect();
                 let signs = g.constant(Tensor::f32(&[2 * self.members, 1], signs));
                 let mul = Binary { f: BinaryFn::Mul };
                 let u = g.op(mul.clone(), &[u, signs])?;
@@ -388,7 +381,13 @@ impl Transform<'_> {
         Ok(New { v, split: true, ..new })
     }
 
-    fn directions(&self, g: &mut Graph, stream: &str, shape: &[usize], dist: Distribution) -> Result<Value, InferError> {
+    fn directions(
+        &self,
+        g: &mut Graph,
+        stream: &str,
+        shape: &[usize],
+        dist: Distribution,
+    ) -> Result<Value, InferError> {
         let shape = shape.to_vec();
         let op = Random { dist, stream: stream.to_owned(), shape, members: self.members, dtype: DType::F32 };
         g.op(op, &self.random.expect("the graph has its random inputs"))

@@ -1,10 +1,6 @@
 //! Small constant expressions become constants.
 
-use chimera_ir::{
-    Graph, Tensor,
-    graph::Kind,
-    ops::InferError,
-};
+use chimera_ir::{Graph, Tensor, graph::Kind, ops::InferError};
 
 use super::Budget;
 use crate::rebuild::rebuild;

@@ -54,11 +54,26 @@ pub const SIMPLIFY: [Pass; 4] = [
 
 /// Passes that form composite operations.
 pub const COMBINE: [Pass; 2] = [
-    Pass { name: "norm-quantise", what: "a norm and the quantisation of its result become one", run: combine::norm_quantise },
+    Pass {
+        name: "norm-quantise",
+        what: "a norm and the quantisation of its result become one",
+        run: combine::norm_quantise,
+    },
     Pass { name: "gate-up", what: "two ternary products that meet in a gate become one", run: combine::gate_up },
 ];
 
 /// The names of all stages in order, for `--stop-after`.
 pub const STAGES: [&str; 12] = [
-    "build", "canonicalise", "fold", "cse", "dead", "transform", "simplify", "norm-quantise", "gate-up", "hoist", "fuse", "plan",
+    "build",
+    "canonicalise",
+    "fold",
+    "cse",
+    "dead",
+    "transform",
+    "simplify",
+    "norm-quantise",
+    "gate-up",
+    "hoist",
+    "fuse",
+    "plan",
 ];

@@ -46,7 +46,7 @@ fn main() -> Result<()> {
         let mut by_kernel: BTreeMap<String, (Duration, u32)> = BTreeMap::new();
         let mut total = Duration::ZERO;
         for t in &times {
-            let name = match &exec.plan().entry(entry).expect("it ran").steps[t.step as usize] {
+            let name = match &exec.plan().entry(entry).expect("it ran").steps[t.step] {
                 Step::Run { kernel, .. } => exec.plan().kernels[kernel.0 as usize].name.clone(),
                 Step::Copy { .. } => "copy".to_owned(),
                 Step::LoopBegin { .. } | Step::LoopEnd { .. } => "loop".to_owned(),

@@ -81,8 +81,7 @@ impl Place {
         let before = text[line_start..start].chars().count();
         let width = text[start..end.min(line_end)].chars().count().max(1);
         let skipped = before.saturating_sub(WINDOW / 2);
-        let shown: String =
-            text[line_start..line_end].chars().skip(skipped).take(WINDOW).map(printable).collect();
+        let shown: String = text[line_start..line_end].chars().skip(skipped).take(WINDOW).map(printable).collect();
         Place {
             line: text[..start].matches('\n').count() + 1,
             column: before + 1,
@@ -115,10 +114,7 @@ fn cut(text: &str, width: usize) -> String {
 }
 
 /// The candidate that `word` was most likely meant to be, if any is near.
-pub(super) fn nearest<'a>(
-    word: &str,
-    candidates: impl Iterator<Item = &'a str>,
-) -> Option<&'a str> {
+pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     if word.len() > 64 {
         return None;
     }
@@ -131,12 +127,7 @@ pub(super) fn nearest<'a>(
 }
 
 impl ConfigError {
-    pub(super) fn new(
-        code: Code,
-        file: &str,
-        place: Option<Place>,
-        message: impl Into<String>,
-    ) -> ConfigError {
+    pub(super) fn new(code: Code, file: &str, place: Option<Place>, message: impl Into<String>) -> ConfigError {
         ConfigError(Box::new(Report {
             code,
             file: cut(file, 4096),
@@ -187,19 +178,10 @@ impl fmt::Display for ConfigError {
             Some(p) => {
                 write!(f, "\n{:margin$}--> {}:{}:{}", "", self.file, p.line, p.column)?;
                 write!(f, "\n{:margin$} |\n{} | {}", "", p.line, p.text)?;
-                write!(
-                    f,
-                    "\n{:margin$} | {:indent$}{}",
-                    "",
-                    "",
-                    "^".repeat(p.width),
-                    indent = p.indent
-                )?;
+                write!(f, "\n{:margin$} | {:indent$}{}", "", "", "^".repeat(p.width), indent = p.indent)?;
             }
         }
-        for (label, text) in
-            [("key", &self.key_path), ("expected", &self.expected), ("help", &self.help)]
-        {
+        for (label, text) in [("key", &self.key_path), ("expected", &self.expected), ("help", &self.help)] {
             if !text.is_empty() {
                 write!(f, "\n{:margin$} = {label}: {text}", "")?;
             }

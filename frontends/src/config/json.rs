@@ -89,21 +89,18 @@ impl Sources {
 pub(super) fn read_file(path: &Path) -> Result<String, ConfigError> {
     let name = path.display().to_string();
     let fail = |code, message: String| ConfigError::new(code, &name, None, message);
-    let metadata =
-        path.metadata().map_err(|e| fail(Code::Read, format!("cannot read the file: {e}")))?;
+    let metadata = path.metadata().map_err(|e| fail(Code::Read, format!("cannot read the file: {e}")))?;
     if !metadata.is_file() {
         return Err(fail(Code::Read, "not a regular file".into()).expected("a JSON file"));
     }
     let too_large = |size: u64| {
-        fail(Code::Limit, format!("the file has {size} bytes"))
-            .expected(format!("at most {MAX_BYTES} bytes"))
+        fail(Code::Limit, format!("the file has {size} bytes")).expected(format!("at most {MAX_BYTES} bytes"))
     };
     if metadata.len() > MAX_BYTES as u64 {
         return Err(too_large(metadata.len()));
     }
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    let read =
-        File::open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes));
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes));
     read.map_err(|e| fail(Code::Read, format!("cannot read the file: {e}")))?;
     if bytes.len() > MAX_BYTES {
         return Err(too_large(bytes.len() as u64));
@@ -120,13 +117,8 @@ pub(super) fn decode(name: &str, mut bytes: Vec<u8>) -> Result<String, ConfigErr
         let at = e.utf8_error().valid_up_to();
         let bytes = e.as_bytes();
         let place = Place::locate(&String::from_utf8_lossy(bytes), at, at + 1);
-        ConfigError::new(
-            Code::Syntax,
-            name,
-            Some(place),
-            format!("byte 0x{:02x} is not UTF-8", bytes[at]),
-        )
-        .help("save the file as UTF-8")
+        ConfigError::new(Code::Syntax, name, Some(place), format!("byte 0x{:02x} is not UTF-8", bytes[at]))
+            .help("save the file as UTF-8")
     })
 }
 
@@ -141,9 +133,7 @@ impl<'a> Parser<'a> {
         let text: &'a str = &self.sources.0[self.source].1[self.offset..];
         if text.len() > MAX_BYTES {
             let found = format!("the text has {} bytes", text.len());
-            return Err(self
-                .error(Code::Limit, 0, 0, found)
-                .expected(format!("at most {MAX_BYTES} bytes")));
+            return Err(self.error(Code::Limit, 0, 0, found).expected(format!("at most {MAX_BYTES} bytes")));
         }
         self.scan(text)?;
         let strict = ParseOptions {
@@ -161,21 +151,13 @@ impl<'a> Parser<'a> {
         match parse_to_ast(text, &CollectOptions::default(), &strict) {
             Ok(result) => match result.value {
                 Some(value) => self.convert(value),
-                None => Err(self
-                    .error(Code::Syntax, 0, 0, "the text is empty")
-                    .expected("a JSON object")),
+                None => Err(self.error(Code::Syntax, 0, 0, "the text is empty").expected("a JSON object")),
             },
             Err(e) => Err(self.syntax_error(text, &e)),
         }
     }
 
-    fn error(
-        &self,
-        code: Code,
-        start: usize,
-        end: usize,
-        message: impl Into<String>,
-    ) -> ConfigError {
+    fn error(&self, code: Code, start: usize, end: usize, message: impl Into<String>) -> ConfigError {
         self.sources.error(code, self.span(start, end), message)
     }
 
@@ -191,19 +173,14 @@ impl<'a> Parser<'a> {
         message[..1].make_ascii_lowercase();
         match e.kind() {
             UnterminatedObject | UnterminatedArray => {
-                let what =
-                    if matches!(e.kind(), UnterminatedObject) { "an object" } else { "a list" };
+                let what = if matches!(e.kind(), UnterminatedObject) { "an object" } else { "a list" };
                 let opened = Place::locate(text, range.start, range.start);
-                self.error(Code::Syntax, last, last, format!("the text ends inside {what}")).help(
-                    format!(
-                        "it opens at {}:{}; is the file truncated?",
-                        opened.line, opened.column
-                    ),
-                )
+                self.error(Code::Syntax, last, last, format!("the text ends inside {what}"))
+                    .help(format!("it opens at {}:{}; is the file truncated?", opened.line, opened.column))
             }
-            _ if range.end >= last => self
-                .error(Code::Syntax, range.start, range.end, message)
-                .help("the text ends here; is it truncated?"),
+            _ if range.end >= last => {
+                self.error(Code::Syntax, range.start, range.end, message).help("the text ends here; is it truncated?")
+            }
             _ => self.error(Code::Syntax, range.start, range.end, message).expected("strict JSON"),
         }
     }
@@ -212,19 +189,11 @@ impl<'a> Parser<'a> {
     fn scan(&self, text: &str) -> Result<(), ConfigError> {
         let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
         for (at, c) in text.char_indices() {
-            let stray = if in_string {
-                c < ' '
-            } else {
-                c > '~' || (c < ' ' && !matches!(c, '\t' | '\n' | '\r'))
-            };
+            let stray = if in_string { c < ' ' } else { c > '~' || (c < ' ' && !matches!(c, '\t' | '\n' | '\r')) };
             if stray {
                 let message = format!("unexpected character U+{:04X}", u32::from(c));
                 let error = self.error(Code::Syntax, at, at + c.len_utf8(), message);
-                return Err(if in_string {
-                    error.help("is a quotation mark missing?")
-                } else {
-                    error
-                });
+                return Err(if in_string { error.help("is a quotation mark missing?") } else { error });
             }
             match c {
                 _ if escaped => escaped = false,
@@ -250,9 +219,9 @@ impl<'a> Parser<'a> {
             ast::Value::BooleanLit(b) => Value::Bool(b.value),
             ast::Value::StringLit(s) => Value::Text(s.value.into_owned()),
             ast::Value::NumberLit(n) => Value::Number(self.number(n.value, span)?),
-            ast::Value::Array(a) => Value::List(
-                a.elements.into_iter().map(|e| self.convert(e)).collect::<Result<_, _>>()?,
-            ),
+            ast::Value::Array(a) => {
+                Value::List(a.elements.into_iter().map(|e| self.convert(e)).collect::<Result<_, _>>()?)
+            }
             ast::Value::Object(o) => Value::Object(self.members(o)?),
         };
         Ok(Node { span, value })
@@ -262,10 +231,7 @@ impl<'a> Parser<'a> {
         let value = text.parse::<f64>().ok().filter(|v| v.is_finite());
         let Some(value) = value else {
             let message = format!("the number {} is too large", shown(text));
-            return Err(self
-                .sources
-                .error(Code::Range, span, message)
-                .expected("a 64-bit floating-point number"));
+            return Err(self.sources.error(Code::Range, span, message).expected("a 64-bit floating-point number"));
         };
         let whole = value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0;
         Ok(Number { value, int: text.parse().ok().or(whole.then_some(value as i128)) })
@@ -275,8 +241,7 @@ impl<'a> Parser<'a> {
         let mut seen = HashSet::new();
         if object.properties.len() > MAX_MEMBERS {
             let message = format!("an object has {} keys", object.properties.len());
-            let error =
-                self.error(Code::Limit, object.range.start, object.range.start + 1, message);
+            let error = self.error(Code::Limit, object.range.start, object.range.start + 1, message);
             return Err(error.expected(format!("at most {MAX_MEMBERS} keys")));
         }
         let mut members = Vec::with_capacity(object.properties.len());
@@ -286,11 +251,7 @@ impl<'a> Parser<'a> {
             let key = property.name.into_string();
             if !seen.insert(key.clone()) {
                 let message = format!("the key `{}` occurs twice in one object", shown(&key));
-                return Err(self
-                    .sources
-                    .error(Code::Duplicate, key_span, message)
-                    .at_key(&key)
-                    .help("remove one"));
+                return Err(self.sources.error(Code::Duplicate, key_span, message).at_key(&key).help("remove one"));
             }
             members.push(Member { key, key_span, node: self.convert(property.value)? });
         }
@@ -319,14 +280,9 @@ impl Node {
                         (Some(at), Value::Object(_)) => members[at].node.merge(change.node),
                         (Some(at), _) => members[at] = change,
                         (None, Value::Object(_)) => {
-                            let mut node =
-                                Node { span: change.node.span, value: Value::Object(Vec::new()) };
+                            let mut node = Node { span: change.node.span, value: Value::Object(Vec::new()) };
                             node.merge(change.node);
-                            members.push(Member {
-                                key: change.key,
-                                key_span: change.key_span,
-                                node,
-                            });
+                            members.push(Member { key: change.key, key_span: change.key_span, node });
                         }
                         (None, _) => members.push(change),
                     }
@@ -343,16 +299,11 @@ impl Node {
             Value::Bool(b) => (*b).into(),
             Value::Number(n) => match n.int.and_then(|i| i64::try_from(i).ok()) {
                 Some(i) => i.into(),
-                None => n
-                    .int
-                    .and_then(|i| u64::try_from(i).ok())
-                    .map_or_else(|| n.value.into(), Into::into),
+                None => n.int.and_then(|i| u64::try_from(i).ok()).map_or_else(|| n.value.into(), Into::into),
             },
             Value::Text(s) => s.as_str().into(),
             Value::List(list) => list.iter().map(Node::to_json).collect(),
-            Value::Object(members) => {
-                members.iter().map(|m| (m.key.clone(), m.node.to_json())).collect()
-            }
+            Value::Object(members) => members.iter().map(|m| (m.key.clone(), m.node.to_json())).collect(),
         }
     }
 

@@ -110,8 +110,7 @@ pub(super) fn index() -> &'static Index {
 
 impl Branch {
     fn insert(&mut self, path: &'static str, row: &'static Row) {
-        let (first, rest) =
-            path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
+        let (first, rest) = path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
         if first == "**" {
             self.below = Some(row);
             return;
@@ -142,9 +141,7 @@ impl Branch {
 pub(super) fn check(sources: &Sources, root: &Node) -> Result<Vec<Entry>, ConfigError> {
     if !matches!(root.value, Value::Object(_)) {
         let message = format!("a configuration is an object, found {}", root.describe());
-        return Err(sources
-            .error(Code::Type, root.span, message)
-            .expected("{ \"hidden_size\": …, … }"));
+        return Err(sources.error(Code::Type, root.span, message).expected("{ \"hidden_size\": …, … }"));
     }
     let mut walk = Walk { sources, entries: Vec::new() };
     walk.visit(root, &index().root, "", false)?;
@@ -160,9 +157,7 @@ pub(super) fn check_path(sources: &Sources, span: Span, path: &str) -> Result<()
             return Ok(());
         }
         let number = key.parse::<usize>().is_ok();
-        if number
-            && branch.row.is_some_and(|row| matches!(row.kind, Kind::List(..) | Kind::Tuple(..)))
-        {
+        if number && branch.row.is_some_and(|row| matches!(row.kind, Kind::List(..) | Kind::Tuple(..))) {
             return Ok(());
         }
         let element = branch.element.as_deref().filter(|_| number);
@@ -176,15 +171,8 @@ pub(super) fn check_path(sources: &Sources, span: Span, path: &str) -> Result<()
     Ok(())
 }
 
-fn unknown_key(
-    sources: &Sources,
-    span: Span,
-    branch: &Branch,
-    key: &str,
-    path: &str,
-) -> ConfigError {
-    let error =
-        sources.error(Code::UnknownKey, span, format!("unknown key `{}`", shown(key))).at_key(path);
+fn unknown_key(sources: &Sources, span: Span, branch: &Branch, key: &str, path: &str) -> ConfigError {
+    let error = sources.error(Code::UnknownKey, span, format!("unknown key `{}`", shown(key))).at_key(path);
     if branch.row.is_some() {
         return error.help("the key before it takes a plain value, not an object");
     }
@@ -210,13 +198,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn visit(
-        &mut self,
-        node: &Node,
-        branch: &Branch,
-        path: &str,
-        off: bool,
-    ) -> Result<(), ConfigError> {
+    fn visit(&mut self, node: &Node, branch: &Branch, path: &str, off: bool) -> Result<(), ConfigError> {
         if let Some(row) = branch.row.or(branch.below) {
             row.kind.check(self.sources, node, path)?;
             self.entries.push(Entry { path: path.to_owned(), row, value: node.to_json(), off });
@@ -231,31 +213,17 @@ impl Walk<'_> {
             }
             (_, Some(_)) => Err(wrong_type(self.sources, node, path, "a list")),
             (Value::Object(members), None) => {
-                let says_off = |m: &super::json::Member| {
-                    m.key == "enabled" && m.node.value == Value::Bool(false)
-                };
+                let says_off = |m: &super::json::Member| m.key == "enabled" && m.node.value == Value::Bool(false);
                 let off = off || members.iter().any(says_off);
                 for member in members {
-                    let path = if path.is_empty() {
-                        member.key.clone()
-                    } else {
-                        format!("{path}.{}", member.key)
-                    };
-                    if let Some((_, row)) =
-                        index().anywhere.iter().find(|(name, _)| *name == member.key)
-                    {
+                    let path = if path.is_empty() { member.key.clone() } else { format!("{path}.{}", member.key) };
+                    if let Some((_, row)) = index().anywhere.iter().find(|(name, _)| *name == member.key) {
                         let value = member.node.to_json();
                         self.entries.push(Entry { path, row, value, off });
                         continue;
                     }
                     let Some(next) = branch.child(&member.key) else {
-                        return Err(unknown_key(
-                            self.sources,
-                            member.key_span,
-                            branch,
-                            &member.key,
-                            &path,
-                        ));
+                        return Err(unknown_key(self.sources, member.key_span, branch, &member.key, &path));
                     };
                     self.visit(&member.node, next, &path, off)?;
                 }
@@ -274,9 +242,7 @@ fn wrong_type(sources: &Sources, node: &Node, path: &str, expected: &str) -> Con
 impl Kind {
     /// What the key takes, in words.
     pub fn expected(&self) -> String {
-        let words = |words: &[&str]| {
-            words.iter().map(|w| format!("\"{w}\"")).collect::<Vec<_>>().join(", ")
-        };
+        let words = |words: &[&str]| words.iter().map(|w| format!("\"{w}\"")).collect::<Vec<_>>().join(", ");
         match self {
             Kind::Bool => "true or false".into(),
             Kind::Flag(only) => format!("{only}"),
@@ -293,10 +259,7 @@ impl Kind {
                 format!("a list of {low} to {high}, each {}", kind.expected())
             }
             Kind::Tuple(kinds, _) => {
-                format!(
-                    "a list of {}",
-                    kinds.iter().map(Kind::expected).collect::<Vec<_>>().join(", then ")
-                )
+                format!("a list of {}", kinds.iter().map(Kind::expected).collect::<Vec<_>>().join(", then "))
             }
             Kind::Either(a, b) => format!("{} or {}", a.expected(), b.expected()),
             Kind::Equals(json) => (*json).into(),
@@ -312,9 +275,7 @@ impl Kind {
         match (self, &node.value) {
             (Kind::Any, _) | (Kind::Bool, Value::Bool(_)) | (Kind::Text, Value::Text(_)) => Ok(()),
             (Kind::Flag(only), Value::Bool(b)) if b == only => Ok(()),
-            (Kind::Flag(_), Value::Bool(_)) => {
-                fail(Code::Unsupported, format!("{}, which is not implemented", is()))
-            }
+            (Kind::Flag(_), Value::Bool(_)) => fail(Code::Unsupported, format!("{}, which is not implemented", is())),
             (Kind::Int(low, high), Value::Number(n)) => match n.int {
                 Some(i) if (i128::from(*low)..=i128::from(*high)).contains(&i) => Ok(()),
                 Some(_) => fail(Code::Range, is()),
@@ -322,19 +283,16 @@ impl Kind {
             },
             (Kind::Num(low, high), Value::Number(n)) if (*low..=*high).contains(&n.value) => Ok(()),
             (Kind::Num(..), Value::Number(_)) => fail(Code::Range, is()),
-            (Kind::Words(words) | Kind::Choice(words, _), Value::Text(s))
-                if words.contains(&s.as_str()) =>
-            {
-                Ok(())
-            }
+            (Kind::Words(words) | Kind::Choice(words, _), Value::Text(s)) if words.contains(&s.as_str()) => Ok(()),
             (Kind::Choice(_, later), Value::Text(s)) if later.contains(&s.as_str()) => {
                 fail(Code::Unsupported, format!("{}, which is not implemented", is()))
             }
-            (Kind::Words(words) | Kind::Choice(words, _), Value::Text(s)) => fail(Code::Word, is())
-                .map_err(|e| match nearest(s, words.iter().copied()) {
+            (Kind::Words(words) | Kind::Choice(words, _), Value::Text(s)) => {
+                fail(Code::Word, is()).map_err(|e| match nearest(s, words.iter().copied()) {
                     Some(word) => e.help(format!("did you mean \"{word}\"?")),
                     None => e,
-                }),
+                })
+            }
             (Kind::Size, _) => match size_of(&node.to_json()) {
                 Some(_) => Ok(()),
                 None => fail(Code::Type, is()),
@@ -343,9 +301,7 @@ impl Kind {
                 if !(*low..=*high).contains(&list.len()) {
                     return fail(Code::Range, is());
                 }
-                list.iter()
-                    .enumerate()
-                    .try_for_each(|(i, n)| kind.check(sources, n, &format!("{path}.{i}")))
+                list.iter().enumerate().try_for_each(|(i, n)| kind.check(sources, n, &format!("{path}.{i}")))
             }
             (Kind::Tuple(kinds, required), Value::List(list)) => {
                 if !(*required..=kinds.len()).contains(&list.len()) {
@@ -359,17 +315,12 @@ impl Kind {
                 Err(_) => b.check(sources, node, path).map_err(|e| e.expected(self.expected())),
             },
             (Kind::Equals(json), _) => {
-                let only: serde_json::Value =
-                    serde_json::from_str(json).expect("the key table holds valid JSON");
+                let only: serde_json::Value = serde_json::from_str(json).expect("the key table holds valid JSON");
                 let same = match (only.as_f64(), node.to_json().as_f64()) {
                     (Some(a), Some(b)) => a == b,
                     _ => only == node.to_json(),
                 };
-                if same {
-                    Ok(())
-                } else {
-                    fail(Code::Unsupported, format!("{}, which is not implemented", is()))
-                }
+                if same { Ok(()) } else { fail(Code::Unsupported, format!("{}, which is not implemented", is())) }
             }
             _ => fail(Code::Type, is()),
         }

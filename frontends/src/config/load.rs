@@ -139,10 +139,8 @@ impl Layers {
         for text in scale.patches() {
             self.patch(&format!("--scale {scale}"), text)?;
         }
-        let after: HashSet<String> =
-            check(&self.sources, &self.document)?.into_iter().map(|e| e.path).collect();
-        let gone: Vec<&str> =
-            before.iter().map(|e| e.path.as_str()).filter(|path| !after.contains(*path)).collect();
+        let after: HashSet<String> = check(&self.sources, &self.document)?.into_iter().map(|e| e.path).collect();
+        let gone: Vec<&str> = before.iter().map(|e| e.path.as_str()).filter(|path| !after.contains(*path)).collect();
         if !gone.is_empty() {
             self.warnings.push(format!(
                 "set aside, because they describe the file's own scale and not {scale}: {}",
@@ -155,13 +153,9 @@ impl Layers {
     fn apply_set(&mut self, set: &str) -> Result<(), ConfigError> {
         let source = self.sources.add("--set", set);
         let whole = Span { source, start: 0, end: set.len() };
-        let Some((path, text)) = set.split_once('=').filter(|(path, _)| !path.trim().is_empty())
-        else {
+        let Some((path, text)) = set.split_once('=').filter(|(path, _)| !path.trim().is_empty()) else {
             let message = format!("`{}` is not an override", shown(set));
-            return Err(self
-                .sources
-                .error(Code::Override, whole, message)
-                .expected("key.path=value"));
+            return Err(self.sources.error(Code::Override, whole, message).expected("key.path=value"));
         };
         let span = Span { end: path.len(), ..whole };
         check_path(&self.sources, span, path)?;
@@ -171,10 +165,7 @@ impl Layers {
         });
         let keys: Vec<&str> = path.split('.').collect();
         place(&mut self.document, &keys, span, value).map_err(|message| {
-            self.sources
-                .error(Code::Override, span, message)
-                .at_key(path)
-                .expected("key.path=value")
+            self.sources.error(Code::Override, span, message).at_key(path).expected("key.path=value")
         })
     }
 }
@@ -217,9 +208,7 @@ fn finish(model: ModelConfig, entries: Vec<Entry>, warnings: Vec<String>) -> Loa
                 let reason = format!("{}: not implemented{state}", row.text);
                 loaded.not_yet.push(NotYet { path, value, reason, off });
             }
-            Disposition::Declared => {
-                loaded.declared.push(Declared { path, value, meaning: row.text })
-            }
+            Disposition::Declared => loaded.declared.push(Declared { path, value, meaning: row.text }),
             Disposition::Consumed | Disposition::Note => {}
         }
     }

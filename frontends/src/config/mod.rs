@@ -23,13 +23,13 @@ pub use json::{MAX_BYTES, MAX_DEPTH};
 pub use keys::{Disposition, Kind, Row};
 pub use load::{Declared, Loaded, NotYet, Overrides, from_text, load, preset};
 pub use model::{
-    Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig,
-    ModelConfig, MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
+    Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig, ModelConfig,
+    MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
 };
 pub use presets::{BYTE_VOCABULARY, O200K_VOCABULARY, Scale};
 pub use schema::schema;
 pub use sizes::{
-    Claim, ParamKind, Parameter, Part, StateRow, Unit, active_parameters, claims, parameter_count,
-    parameters, parts, state_memory,
+    Claim, ParamKind, Parameter, Part, StateRow, Unit, active_parameters, claims, parameter_count, parameters, parts,
+    state_memory,
 };
 pub use table::TABLE;

@@ -237,8 +237,7 @@ pub struct ModelConfig {
 
 impl MixerKind {
     /// All kinds.
-    pub const ALL: [MixerKind; 4] =
-        [MixerKind::GatedDelta, MixerKind::Mlstm, MixerKind::Titans, MixerKind::SpanKnot];
+    pub const ALL: [MixerKind; 4] = [MixerKind::GatedDelta, MixerKind::Mlstm, MixerKind::Titans, MixerKind::SpanKnot];
 
     /// The word of a layer pattern.
     pub fn word(self) -> &'static str {

@@ -88,15 +88,8 @@ const MEDIUM: &str = r#"{
 
 impl Scale {
     /// All scales, smallest first.
-    pub const ALL: [Scale; 7] = [
-        Scale::Test,
-        Scale::Pico,
-        Scale::Nano,
-        Scale::Tiny,
-        Scale::Small,
-        Scale::Medium,
-        Scale::Full,
-    ];
+    pub const ALL: [Scale; 7] =
+        [Scale::Test, Scale::Pico, Scale::Nano, Scale::Tiny, Scale::Small, Scale::Medium, Scale::Full];
 
     /// Name on the command line.
     pub fn name(self) -> &'static str {
@@ -139,8 +132,7 @@ impl FromStr for Scale {
             return Ok(scale);
         }
         let names = Scale::ALL.map(Scale::name);
-        let hint = nearest(text, names.into_iter())
-            .map_or(String::new(), |name| format!("; did you mean {name}?"));
+        let hint = nearest(text, names.into_iter()).map_or(String::new(), |name| format!("; did you mean {name}?"));
         Err(format!("unknown scale, expected one of {}{hint}", names.join(", ")))
     }
 }

@@ -5,8 +5,8 @@
 use super::error::{Code, ConfigError, nearest, shown};
 use super::json::{Node, Number, Sources, Span, Value};
 use super::model::{
-    Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig,
-    ModelConfig, MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
+    Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig, ModelConfig,
+    MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
 };
 use super::presets::O200K_VOCABULARY;
 
@@ -39,8 +39,7 @@ impl Reader<'_> {
     fn number(&self, path: &str) -> Number {
         let mut node = self.node(path);
         if let Value::List(list) = &node.value {
-            node =
-                list.first().unwrap_or_else(|| panic!("the key table gives `{path}` an element"));
+            node = list.first().unwrap_or_else(|| panic!("the key table gives `{path}` an element"));
         }
         match node.value {
             Value::Number(n) => n,
@@ -77,16 +76,12 @@ impl Reader<'_> {
     }
 
     fn ints(&self, path: &str) -> Vec<usize> {
-        let Value::List(list) = &self.node(path).value else {
-            panic!("the key table makes `{path}` a list")
-        };
+        let Value::List(list) = &self.node(path).value else { panic!("the key table makes `{path}` a list") };
         let int = |node: &Node| match node.value {
             Value::Number(Number { int: Some(i), .. }) => usize::try_from(i).ok(),
             _ => None,
         };
-        list.iter()
-            .map(|n| int(n).unwrap_or_else(|| panic!("the key table makes `{path}` counts")))
-            .collect()
+        list.iter().map(|n| int(n).unwrap_or_else(|| panic!("the key table makes `{path}` counts"))).collect()
     }
 
     fn pair(&self, path: &str) -> [usize; 2] {
@@ -150,8 +145,7 @@ impl Reader<'_> {
                     format!("`{}` is not a mixer", shown(word)),
                 );
                 let known = MixerKind::ALL.map(MixerKind::word);
-                let error =
-                    error.at_key(PATTERN).expected(format!("words of {}", known.join(", ")));
+                let error = error.at_key(PATTERN).expected(format!("words of {}", known.join(", ")));
                 return Err(match nearest(word, known.into_iter()) {
                     Some(word) => error.help(format!("did you mean `{word}`?")),
                     None => error,
@@ -160,9 +154,7 @@ impl Reader<'_> {
             pattern.push(kind);
         }
         if pattern.is_empty() {
-            return Err(self
-                .conflict(PATTERN, "the layer pattern is empty")
-                .expected("words such as \"GD XM GD TM\""));
+            return Err(self.conflict(PATTERN, "the layer pattern is empty").expected("words such as \"GD XM GD TM\""));
         }
         let n = self.int("num_hidden_layers");
         let layers: Vec<MixerKind> = pattern.iter().copied().cycle().take(n).collect();
@@ -201,18 +193,9 @@ impl Reader<'_> {
             let claimed = if self.find(&path).is_some() { self.int(&path) } else { 0 };
             let found = layers.iter().filter(|k| **k == kind).count();
             if claimed != found {
-                let place = if self.find(&path).is_some() {
-                    path.as_str()
-                } else {
-                    "backbone.layer_counts"
-                };
-                let message = format!(
-                    "{claimed} {} layers are declared, the pattern gives {found}",
-                    kind.word()
-                );
-                return Err(self
-                    .conflict(place, message)
-                    .help("correct the pattern, or leave layer_counts out"));
+                let place = if self.find(&path).is_some() { path.as_str() } else { "backbone.layer_counts" };
+                let message = format!("{claimed} {} layers are declared, the pattern gives {found}", kind.word());
+                return Err(self.conflict(place, message).help("correct the pattern, or leave layer_counts out"));
             }
         }
         Ok(())
@@ -221,31 +204,23 @@ impl Reader<'_> {
     fn head_dim(&self) -> Result<usize, ConfigError> {
         let head_dim = self.int("head_dim");
         if !head_dim.is_multiple_of(2) {
-            return Err(self
-                .conflict("head_dim", format!("head_dim is {head_dim}"))
-                .expected("an even number"));
+            return Err(self.conflict("head_dim", format!("head_dim is {head_dim}")).expected("an even number"));
         }
         let width = head_dim * self.int("num_heads");
         if width > 1 << 18 {
             let message = format!("{} heads of {head_dim} are {width} wide", self.int("num_heads"));
-            return Err(self
-                .conflict("num_heads", message)
-                .expected(format!("at most {} together", 1 << 18)));
+            return Err(self.conflict("num_heads", message).expected(format!("at most {} together", 1 << 18)));
         }
         let same = format!("head_dim is {head_dim}");
         const STATE: &str = "gated_deltanet.state_size";
         if self.find(STATE).is_some() && self.int(STATE) != head_dim {
             let message = format!("state_size is {}, {same}", self.int(STATE));
-            return Err(self
-                .conflict(STATE, message)
-                .help("make them equal, or leave state_size out"));
+            return Err(self.conflict(STATE, message).help("make them equal, or leave state_size out"));
         }
         const MEMORY: &str = "xlstm.memory_size_per_head";
         if self.find(MEMORY).is_some() && self.pair(MEMORY) != [head_dim, head_dim] {
             let message = format!("memory_size_per_head is {:?}, {same}", self.pair(MEMORY));
-            return Err(self
-                .conflict(MEMORY, message)
-                .expected(format!("[{head_dim}, {head_dim}]")));
+            return Err(self.conflict(MEMORY, message).expected(format!("[{head_dim}, {head_dim}]")));
         }
         Ok(head_dim)
     }
@@ -258,13 +233,8 @@ impl Reader<'_> {
         match ids.iter().find(|id| **id >= vocab_size) {
             None => Ok(ids),
             Some(id) => Err(self
-                .conflict(
-                    "token_ids",
-                    format!("token {id} is outside the vocabulary of {vocab_size}"),
-                )
-                .help(
-                    "leave token_ids out (`--set token_ids=null`) to end texts with the last token",
-                )),
+                .conflict("token_ids", format!("token {id} is outside the vocabulary of {vocab_size}"))
+                .help("leave token_ids out (`--set token_ids=null`) to end texts with the last token")),
         }
     }
 
@@ -281,17 +251,9 @@ impl Reader<'_> {
         };
         let group_size = self.int("quantization.group_size");
         let block = self.int("quantization.activation_block_size");
-        if (weight_scale, activation) == (WeightScale::Group, Activation::Block)
-            && !group_size.is_multiple_of(block)
-        {
-            let at = if self.is_default("quantization.group_size") {
-                "activation_block_size"
-            } else {
-                "group_size"
-            };
-            let message = format!(
-                "a weight group of {group_size} is not a whole number of blocks of {block}"
-            );
+        if (weight_scale, activation) == (WeightScale::Group, Activation::Block) && !group_size.is_multiple_of(block) {
+            let at = if self.is_default("quantization.group_size") { "activation_block_size" } else { "group_size" };
+            let message = format!("a weight group of {group_size} is not a whole number of blocks of {block}");
             return Err(self
                 .conflict(&format!("quantization.{at}"), message)
                 .expected("group_size a multiple of activation_block_size"));
@@ -317,17 +279,13 @@ impl Reader<'_> {
         layers.sort_unstable();
         if let Some(outside) = layers.last().filter(|i| **i >= n_layers) {
             let message = format!("layer {outside} does not exist");
-            return Err(self
-                .conflict(LAYERS, message)
-                .expected(format!("layers from 0 to {}", n_layers - 1)));
+            return Err(self.conflict(LAYERS, message).expected(format!("layers from 0 to {}", n_layers - 1)));
         }
         if let Some(twice) = layers.windows(2).find(|w| w[0] == w[1]) {
             return Err(self.conflict(LAYERS, format!("layer {} occurs twice", twice[0])));
         }
-        let (n_routed, top_k) = (
-            self.int("backbone.moe.n_routed_experts"),
-            self.int("backbone.moe.num_experts_per_tok"),
-        );
+        let (n_routed, top_k) =
+            (self.int("backbone.moe.n_routed_experts"), self.int("backbone.moe.num_experts_per_tok"));
         if top_k > n_routed {
             let message = format!("{top_k} experts are chosen out of {n_routed}");
             return Err(self
@@ -396,27 +354,19 @@ impl Reader<'_> {
         let [prelude, body, coda] = if parts.iter().all(|p| self.is_default(p)) {
             if n_layers < 3 {
                 let message = format!("{n_layers} layers cannot be looped");
-                return Err(self
-                    .conflict("num_hidden_layers", message)
-                    .help("set looping.enabled to false"));
+                return Err(self.conflict("num_hidden_layers", message).help("set looping.enabled to false"));
             }
             let ends = n_layers.div_ceil(7).min((n_layers - 1) / 2);
             [[0, ends - 1], [ends, n_layers - ends - 1], [n_layers - ends, n_layers - 1]]
         } else {
             parts.map(|p| self.pair(p))
         };
-        let explicit = |path| {
-            parts
-                .into_iter()
-                .find(|p| !self.is_default(p))
-                .filter(|_| self.is_default(path))
-                .unwrap_or(path)
-        };
+        let explicit =
+            |path| parts.into_iter().find(|p| !self.is_default(p)).filter(|_| self.is_default(path)).unwrap_or(path);
         let mut next = 0;
         for (path, [first, last]) in parts.into_iter().zip([prelude, body, coda]) {
             if first != next || last < first || last >= n_layers {
-                let message =
-                    format!("{path} from {first} to {last} does not continue at layer {next}");
+                let message = format!("{path} from {first} to {last} does not continue at layer {next}");
                 return Err(self.conflict(explicit(path), message).expected(format!(
                     "prelude, loop and coda that follow one another and cover the layers 0 to {}",
                     n_layers - 1
@@ -425,16 +375,13 @@ impl Reader<'_> {
             next = last + 1;
         }
         if next != n_layers {
-            let message =
-                format!("the coda ends at layer {}, the last layer is {}", next - 1, n_layers - 1);
+            let message = format!("the coda ends at layer {}, the last layer is {}", next - 1, n_layers - 1);
             return Err(self.conflict(explicit("looping.coda"), message));
         }
         let (range, default) = (self.pair("looping.loop_range"), self.int("looping.loop_default"));
         if !(range[0]..=range[1]).contains(&default) {
             let message = format!("{default} iterations are outside {} to {}", range[0], range[1]);
-            let explicit = ["looping.loop_default", "looping.loop_range"]
-                .into_iter()
-                .find(|p| !self.is_default(p));
+            let explicit = ["looping.loop_default", "looping.loop_range"].into_iter().find(|p| !self.is_default(p));
             return Err(self
                 .conflict(explicit.unwrap_or("looping.loop_default"), message)
                 .expected("loop_range[0] <= loop_default <= loop_range[1]"));
@@ -454,18 +401,13 @@ impl Reader<'_> {
 
     fn check_sketch(&self, model: &ModelConfig) -> Result<(), ConfigError> {
         let (bits, width) = (model.knot.vector_bits, model.sketch_width());
-        if model.count(MixerKind::SpanKnot) == 0
-            || (bits.is_multiple_of(width) && (bits / width).is_power_of_two())
-        {
+        if model.count(MixerKind::SpanKnot) == 0 || (bits.is_multiple_of(width) && (bits / width).is_power_of_two()) {
             return Ok(());
         }
         let path = "semantic_memory.vector_bits";
         let at = if self.is_default(path) { "hidden_size" } else { path };
-        let message =
-            format!("a sketch of {bits} bits does not fit a hidden size of {}", model.hidden_size);
-        Err(self
-            .conflict(at, message)
-            .expected(format!("vector_bits a power of two times {width}")))
+        let message = format!("a sketch of {bits} bits does not fit a hidden size of {}", model.hidden_size);
+        Err(self.conflict(at, message).expected(format!("vector_bits a power of two times {width}")))
     }
 
     fn check_size(&self, model: &ModelConfig) -> Result<(), ConfigError> {
@@ -473,16 +415,12 @@ impl Reader<'_> {
         let tensors = model.layers.len() * 32 + experts;
         if tensors > MAX_TENSORS {
             let message = format!("the model has about {tensors} tensors");
-            return Err(self
-                .conflict("backbone.moe.n_routed_experts", message)
-                .expected("at most 1048576"));
+            return Err(self.conflict("backbone.moe.n_routed_experts", message).expected("at most 1048576"));
         }
         let parameters = super::sizes::parameter_count(model);
         if parameters > MAX_PARAMETERS {
             let message = format!("the model has {parameters} parameters");
-            return Err(self
-                .conflict("hidden_size", message)
-                .expected(format!("at most {MAX_PARAMETERS}")));
+            return Err(self.conflict("hidden_size", message).expected(format!("at most {MAX_PARAMETERS}")));
         }
         Ok(())
     }

@@ -65,11 +65,7 @@ impl List {
         self.add(ParamKind::Vector, format!("{p}.dt_bias"), &[h]);
         self.add(ParamKind::Vector, format!("{p}.o_norm.weight"), &[m.head_dim]);
         for n in ["q", "k", "v"] {
-            self.add(
-                ParamKind::Vector,
-                format!("{p}.{n}_conv.weight"),
-                &[inner, m.gated_delta.conv_size],
-            );
+            self.add(ParamKind::Vector, format!("{p}.{n}_conv.weight"), &[inner, m.gated_delta.conv_size]);
         }
     }
 
@@ -103,11 +99,7 @@ impl List {
             MixerKind::Titans => {
                 let hidden = k * m.titans.memory_expansion;
                 self.gated_attention(m, p, &["alpha_proj", "eta_proj", "theta_proj"]);
-                self.add(
-                    ParamKind::Vector,
-                    format!("{p}.persistent_memory"),
-                    &[m.titans.persistent_slots, d],
-                );
+                self.add(ParamKind::Vector, format!("{p}.persistent_memory"), &[m.titans.persistent_slots, d]);
                 self.add(ParamKind::Matrix, format!("{p}.mem_k.weight"), &[inner, d]);
                 self.add(ParamKind::Matrix, format!("{p}.mem_v.weight"), &[inner, d]);
                 self.add(ParamKind::Vector, format!("{p}.memory_w1"), &[h, hidden, k]);
@@ -137,11 +129,7 @@ pub fn parameters(model: &ModelConfig) -> Vec<Parameter> {
             None => list.swiglu(d, m.intermediate_size, &format!("{p}.mlp")),
             Some(moe) => {
                 list.add(ParamKind::Matrix, format!("{p}.mlp.gate.weight"), &[moe.n_routed, d]);
-                list.add(
-                    ParamKind::Buffer,
-                    format!("{p}.mlp.gate.e_score_correction_bias"),
-                    &[moe.n_routed],
-                );
+                list.add(ParamKind::Buffer, format!("{p}.mlp.gate.e_score_correction_bias"), &[moe.n_routed]);
                 for x in 0..moe.n_routed {
                     list.swiglu(d, moe.width, &format!("{p}.mlp.experts.{x}"));
                 }
@@ -178,8 +166,7 @@ pub struct Part {
 
 /// Counts of one layer's mixer: all, and ternary.
 fn mixer_count(m: &ModelConfig, kind: MixerKind) -> (u64, u64) {
-    let [d, inner, h, k] =
-        [m.hidden_size, m.inner_width(), m.n_heads, m.head_dim].map(|v| v as u64);
+    let [d, inner, h, k] = [m.hidden_size, m.inner_width(), m.n_heads, m.head_dim].map(|v| v as u64);
     let conv = m.gated_delta.conv_size as u64;
     let matrix = inner * d;
     let delta = (5 * matrix + 2 * h * d + 2 * h + k + 3 * inner * conv, 5 * matrix);
@@ -199,39 +186,21 @@ fn mixer_count(m: &ModelConfig, kind: MixerKind) -> (u64, u64) {
 pub fn parts(model: &ModelConfig) -> Vec<Part> {
     let (m, d) = (model, model.hidden_size as u64);
     let embedding = m.vocab_size as u64 * d;
-    let mut out =
-        vec![Part { name: "embedding (tied head)", layers: 1, parameters: embedding, ternary: 0 }];
-    for (kind, name) in
-        MixerKind::ALL.into_iter().zip(["gated DeltaNet", "mLSTM", "Titans", "span knot"])
-    {
+    let mut out = vec![Part { name: "embedding (tied head)", layers: 1, parameters: embedding, ternary: 0 }];
+    for (kind, name) in MixerKind::ALL.into_iter().zip(["gated DeltaNet", "mLSTM", "Titans", "span knot"]) {
         let ((all, ternary), n) = (mixer_count(m, kind), m.count(kind));
         out.push(Part { name, layers: n, parameters: n as u64 * all, ternary: n as u64 * ternary });
     }
     let n_moe = m.moe.as_ref().map_or(0, |moe| moe.layers.len());
     let n_dense = m.layers.len() - n_moe;
     let dense = n_dense as u64 * 3 * d * m.intermediate_size as u64;
-    out.push(Part {
-        name: "dense feed-forward",
-        layers: n_dense,
-        parameters: dense,
-        ternary: dense,
-    });
+    out.push(Part { name: "dense feed-forward", layers: n_dense, parameters: dense, ternary: dense });
     if let Some(moe) = &m.moe {
         let expert = n_moe as u64 * 3 * d * moe.width as u64;
         let (routed, shared) = (expert * moe.n_routed as u64, expert * moe.n_shared as u64);
         let router = n_moe as u64 * moe.n_routed as u64 * (d + 1);
-        out.push(Part {
-            name: "routed experts",
-            layers: n_moe,
-            parameters: routed,
-            ternary: routed,
-        });
-        out.push(Part {
-            name: "shared experts",
-            layers: n_moe,
-            parameters: shared,
-            ternary: shared,
-        });
+        out.push(Part { name: "routed experts", layers: n_moe, parameters: routed, ternary: routed });
+        out.push(Part { name: "shared experts", layers: n_moe, parameters: shared, ternary: shared });
         out.push(Part { name: "routers", layers: n_moe, parameters: router, ternary: 0 });
     }
     let norms = (2 * m.layers.len() as u64 + 1) * d;
@@ -258,9 +227,7 @@ pub fn active_parameters(model: &ModelConfig, loops: usize) -> u64 {
             Some(moe) => moe.width * (moe.top_k + moe.n_shared),
         };
         let times = if model.is_looped(i) { loops as u64 } else { 1 };
-        times
-            * (mixer_count(model, model.layers[i]).0
-                + 3 * (model.hidden_size * feed_forward) as u64)
+        times * (mixer_count(model, model.layers[i]).0 + 3 * (model.hidden_size * feed_forward) as u64)
     };
     (0..model.layers.len()).map(layer).sum()
 }
@@ -298,17 +265,8 @@ pub fn state_memory(model: &ModelConfig, loops: usize) -> Vec<StateRow> {
             }
         };
         let of_kind = |i: &usize| model.layers[*i] == kind;
-        let states = (0..model.layers.len())
-            .filter(of_kind)
-            .map(|i| if model.is_looped(i) { loops } else { 1 })
-            .sum();
-        StateRow {
-            kind,
-            layers: model.count(kind),
-            states,
-            bytes_each,
-            bytes: states as u64 * bytes_each,
-        }
+        let states = (0..model.layers.len()).filter(of_kind).map(|i| if model.is_looped(i) { loops } else { 1 }).sum();
+        StateRow { kind, layers: model.count(kind), states, bytes_each, bytes: states as u64 * bytes_each }
     };
     MixerKind::ALL.into_iter().map(row).filter(|row| row.layers > 0).collect()
 }
@@ -354,11 +312,7 @@ impl fmt::Display for Claim {
             Unit::Megabytes => format!("{value:.1} MB"),
         };
         let (declared, computed) = (show(self.declared), show(self.computed));
-        write!(
-            f,
-            "{} declares {declared}, the shapes give {computed} ({})",
-            self.path, self.meaning
-        )
+        write!(f, "{} declares {declared}, the shapes give {computed} ({})", self.path, self.meaning)
     }
 }
 
@@ -382,9 +336,7 @@ pub fn claims(loaded: &Loaded) -> Vec<Claim> {
     let experts = sum(&["routed experts", "shared experts"]);
     let active = |loops| active_parameters(model, loops) as f64;
     let passed = model.moe.as_ref().map_or(0, |moe| {
-        moe.layers.len() as u64
-            * 3
-            * (model.hidden_size * moe.width * (moe.top_k + moe.n_shared)) as u64
+        moe.layers.len() as u64 * 3 * (model.hidden_size * moe.width * (moe.top_k + moe.n_shared)) as u64
     }) as f64;
     let loops = model.looping.as_ref().map_or(1, |l| l.default);
     let state = state_memory(model, loops).iter().map(|row| row.bytes).sum::<u64>() as f64 / 1e6;
@@ -392,28 +344,16 @@ pub fn claims(loaded: &Loaded) -> Vec<Claim> {
     let weights = (bytes_each * ternary as f64 + 4.0 * (total - ternary as f64)) / 1e6;
     let known = |path: &str| {
         Some(match path {
-            "backbone.moe.total_params" | "params.moe_total" => {
-                (experts, Parameters, "all experts")
-            }
-            "backbone.moe.active_params_per_tok" => {
-                (passed, Parameters, "chosen and shared experts")
-            }
+            "backbone.moe.total_params" | "params.moe_total" => (experts, Parameters, "all experts"),
+            "backbone.moe.active_params_per_tok" => (passed, Parameters, "chosen and shared experts"),
             "params.base" => (total - experts, Parameters, "all but experts"),
             "params.physical" => (total, Parameters, "all parameters"),
-            "params.effective_2loops" => {
-                (active(2), Parameters, "passed by a token in two iterations")
+            "params.effective_2loops" => (active(2), Parameters, "passed by a token in two iterations"),
+            "params.effective_6loops" => (active(6), Parameters, "passed by a token in six iterations"),
+            "params.active_per_token" => (active(1), Parameters, "passed by a token in one iteration"),
+            "params.weight_mb" => {
+                (weights, Megabytes, "ternary at 2 bits and a 16-bit scale a group, the rest as float32")
             }
-            "params.effective_6loops" => {
-                (active(6), Parameters, "passed by a token in six iterations")
-            }
-            "params.active_per_token" => {
-                (active(1), Parameters, "passed by a token in one iteration")
-            }
-            "params.weight_mb" => (
-                weights,
-                Megabytes,
-                "ternary at 2 bits and a 16-bit scale a group, the rest as float32",
-            ),
             "braid_state.per_stream_mb" | "deployment.per_stream_mb" => {
                 (state, Megabytes, "recurrent state of a stream at the default loop count")
             }
@@ -423,14 +363,7 @@ pub fn claims(loaded: &Loaded) -> Vec<Claim> {
     let claim = |(path, value): (&str, &serde_json::Value)| {
         let (computed, unit, meaning) = known(path)?;
         let budget = path.ends_with("per_stream_mb");
-        Some(Claim {
-            path: path.to_owned(),
-            declared: size_of(value)?,
-            computed,
-            unit,
-            meaning,
-            budget,
-        })
+        Some(Claim { path: path.to_owned(), declared: size_of(value)?, computed, unit, meaning, budget })
     };
     loaded.declared.iter().filter_map(|d| claim((&d.path, &d.value))).collect()
 }

@@ -2,9 +2,7 @@
 //!
 //! A key is here or it is an error. Columns: see [`Row`]. The defaults of the consumed keys are those of the full model.
 
-use super::keys::Kind::{
-    self, Any, Bool, Choice, Either, Equals, Flag, Int, List, Num, Size, Text, Tuple, Words,
-};
+use super::keys::Kind::{self, Any, Bool, Choice, Either, Equals, Flag, Int, List, Num, Size, Text, Tuple, Words};
 use super::keys::{Disposition, Row};
 
 macro_rules! keys {

@@ -87,13 +87,7 @@ impl Net<'_> {
     }
 
     /// The product of prepared weights with an activation; `grouped` where rows are sorted by expert and the weights stacked.
-    pub fn ternary_product(
-        &mut self,
-        x: Activated,
-        weight: &[Value],
-        m: usize,
-        grouped: Option<Grouped>,
-    ) -> Built {
+    pub fn ternary_product(&mut self, x: Activated, weight: &[Value], m: usize, grouped: Option<Grouped>) -> Built {
         let n = self.g.ty(x.float).cols();
         let Some((codes, scales)) = x.int8 else {
             let mut ins = vec![x.float, weight[0]];

@@ -43,7 +43,8 @@ impl Net<'_> {
         }
         let (decay, _) = self.injection(cfg)?;
         let inside = &args[1 + carried.len()..];
-        let stream = Stream { emb: inside[1], pos: inside[2], rope: (inside.len() > 4).then(|| (inside[3], inside[4])) };
+        let stream =
+            Stream { emb: inside[1], pos: inside[2], rope: (inside.len() > 4).then(|| (inside[3], inside[4])) };
         let (h, be) = (args[1], inside[0]);
         let own_depth = depth.map(|_| *inside.last().expect("the depth is the last invariant"));
 

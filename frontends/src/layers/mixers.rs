@@ -3,8 +3,8 @@
 use chimera_ir::{
     DType, Type, Value,
     ops::{
-        BinaryFn, EflaBeta, GatedDelta, Mlstm, NormKind, PackPanels, Linear, Random, Distribution, Rope, RowRms, ShortConv,
-        SpanKnot, TitansMemory, UnaryFn, WindowAttention,
+        BinaryFn, Distribution, EflaBeta, GatedDelta, Linear, Mlstm, NormKind, PackPanels, Random, Rope, RowRms,
+        ShortConv, SpanKnot, TitansMemory, UnaryFn, WindowAttention,
     },
 };
 

@@ -2,7 +2,7 @@
 
 use chimera_ir::{
     Graph, Type, Value,
-    ops::{CrossEntropy, Embed, Linear, LossMean, PackPanels, Positions, RopeTable, RopeScaling},
+    ops::{CrossEntropy, Embed, Linear, LossMean, PackPanels, Positions, RopeScaling, RopeTable},
 };
 
 use crate::{

@@ -120,13 +120,7 @@ impl Builder {
     }
 
     /// Independent iterations over `lo .. hi`, `unroll` portable vectors at once.
-    pub fn lanes(
-        &mut self,
-        lo: impl Into<Expr>,
-        hi: impl Into<Expr>,
-        unroll: u8,
-        f: impl FnOnce(&mut Builder, Expr),
-    ) {
+    pub fn lanes(&mut self, lo: impl Into<Expr>, hi: impl Into<Expr>, unroll: u8, f: impl FnOnce(&mut Builder, Expr)) {
         self.looped(lo.into(), hi.into(), 1, Mode::Lanes(unroll), f);
     }
 

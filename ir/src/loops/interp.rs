@@ -115,9 +115,7 @@ impl<M: Memory> Run<'_, M> {
 
     fn stmt(&mut self, s: &Stmt) {
         match s {
-            Stmt::Let(v, e) => {
-                self.vars[v.0 as usize] = self.bits(self.kernel.vars[v.0 as usize], e)
-            }
+            Stmt::Let(v, e) => self.vars[v.0 as usize] = self.bits(self.kernel.vars[v.0 as usize], e),
             Stmt::Store(buf, index, value) => {
                 let i = self.index(*buf, index, 1);
                 match self.kernel.bufs[buf.0 as usize].dtype {
@@ -156,21 +154,15 @@ impl<M: Memory> Run<'_, M> {
                 *p = match acc {
                     Acc::Sum(x) => absorb(ty, false, *p, self.bits(ty, x)),
                     Acc::Max(x) => absorb(ty, true, *p, self.bits(ty, x)),
-                    Acc::Dot(x, y) => {
-                        self.f32(x).mul_add(self.f32(y), f32::from_bits(*p as u32)).to_bits().into()
-                    }
+                    Acc::Dot(x, y) => self.f32(x).mul_add(self.f32(y), f32::from_bits(*p as u32)).to_bits().into(),
                 };
             }
         }
         for ((v, acc), partial) in accs.iter().zip(&mut partial) {
             for width in [4, 2, 1] {
                 for j in 0..width {
-                    partial[j] = absorb(
-                        ty(self.kernel, *v),
-                        matches!(acc, Acc::Max(_)),
-                        partial[j],
-                        partial[j + width],
-                    );
+                    partial[j] =
+                        absorb(ty(self.kernel, *v), matches!(acc, Acc::Max(_)), partial[j], partial[j + width]);
                 }
             }
             self.vars[v.0 as usize] = partial[0];

@@ -211,26 +211,13 @@ mod tests {
     }
 
     /// The greatest error stays below `bound`.
-    fn check(
-        name: &str,
-        f: Function,
-        exact: fn(f64) -> f64,
-        x: &[f32],
-        error: fn(f32, f64) -> f64,
-        bound: f64,
-    ) {
+    fn check(name: &str, f: Function, exact: fn(f64) -> f64, x: &[f32], error: fn(f32, f64) -> f64, bound: f64) {
         let worst = x
             .iter()
             .zip(apply(f, x))
             .map(|(&x, y)| (error(y, exact(x.into())), x, y))
             .fold((0.0, 0.0, 0.0), |a, b| if b.0 <= a.0 { a } else { b });
-        assert!(
-            worst.0 <= bound,
-            "{name}({}) = {}: error {}, expected at most {bound}",
-            worst.1,
-            worst.2,
-            worst.0
-        );
+        assert!(worst.0 <= bound, "{name}({}) = {}: error {}, expected at most {bound}", worst.1, worst.2, worst.0);
     }
 
     fn softplus_exact(x: f64) -> f64 {

@@ -110,9 +110,7 @@ impl Analysis<'_> {
                 self.visit(value);
                 self.access("store", *buf, index, 1);
             }
-            Stmt::For { var, lo, hi, step, body, .. } => {
-                self.looped(*var, lo, hi, *step, |a| a.block(body))
-            }
+            Stmt::For { var, lo, hi, step, body, .. } => self.looped(*var, lo, hi, *step, |a| a.block(body)),
             Stmt::If(c, then, other) => {
                 self.visit(c);
                 for (truth, body) in [(true, then), (false, other)] {
@@ -165,9 +163,7 @@ impl Analysis<'_> {
                 (Cmp::Le, true) => self.ordered(a, b, 0),
                 (Cmp::Lt, false) => self.ordered(b, a, 0),
                 (Cmp::Le, false) => self.ordered(b, a, 1),
-                (Cmp::Eq, true) | (Cmp::Ne, false) => {
-                    self.ordered(a, b, 0) && self.ordered(b, a, 0)
-                }
+                (Cmp::Eq, true) | (Cmp::Ne, false) => self.ordered(a, b, 0) && self.ordered(b, a, 0),
                 (Cmp::Eq, false) | (Cmp::Ne, true) => {
                     let (a, b) = (self.span(a), self.span(b));
                     !(a == b && a.lo == a.hi)
@@ -226,10 +222,7 @@ impl Analysis<'_> {
             let never_inside = hi < 0 || lo > last;
             let index = text::print_expr(self.kernel, index).to_text();
             let index = index.trim_end();
-            let text = format!(
-                "{what} {} at {index}: index in {lo}..={hi}, expected 0..={last}",
-                decl.name
-            );
+            let text = format!("{what} {} at {index}: index in {lo}..={hi}, expected 0..={last}", decl.name);
             self.found.push(Access { text, never_inside });
         }
     }

@@ -34,12 +34,7 @@ impl<'a> Tensors<'a> {
                 continue;
             }
             let (name, found) = (&kernel.name, args.get(n).map(|a| (a.dtype(), a.len())));
-            assert_eq!(
-                found,
-                Some((b.dtype, b.len)),
-                "kernel {name}: argument {n} is what {} declares",
-                b.name
-            );
+            assert_eq!(found, Some((b.dtype, b.len)), "kernel {name}: argument {n} is what {} declares", b.name);
             places.push(Place::Arg(n));
             n += 1;
         }
@@ -76,10 +71,7 @@ fn poison(dtype: DType, len: usize) -> Data {
 
 #[cold]
 fn ill(data: &Data, wanted: &str) -> ! {
-    panic!(
-        "a verified kernel uses buffers by their type, found {} used as {wanted}",
-        data.dtype().name()
-    )
+    panic!("a verified kernel uses buffers by their type, found {} used as {wanted}", data.dtype().name())
 }
 
 impl Memory for Tensors<'_> {

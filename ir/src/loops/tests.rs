@@ -10,8 +10,7 @@ struct Lcg(u64);
 
 impl Lcg {
     fn next(&mut self) -> u64 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0 ^ (self.0 >> 29)
     }
 
@@ -39,10 +38,7 @@ fn round_trip(kernel: &Kernel) {
     let again = parse(&tree).unwrap_or_else(|e| panic!("{e}\n{text}"));
     // Equality of trees is equality of bits, also of NaN and of the sign of zero.
     assert_eq!(print(&again), s);
-    assert_eq!(
-        (&again.name, &again.contract, &again.bufs),
-        (&kernel.name, &kernel.contract, &kernel.bufs)
-    );
+    assert_eq!((&again.name, &again.contract, &again.bufs), (&kernel.name, &kernel.contract, &kernel.bufs));
     assert_eq!((&again.vars, again.grid), (&kernel.vars, kernel.grid));
     let bytes = s.to_bytes();
     assert_eq!(Sexpr::from_bytes(&bytes), Ok(tree));
@@ -103,12 +99,9 @@ fn product_by_tiles() {
             let mut r = Lcg(2);
             let (av, wv) = (r.floats(m * k), r.floats(k * n));
             let rows = Data::I32(vec![m as i32]);
-            let mut args =
-                [Data::F32(av.clone()), Data::F32(wv.clone()), Data::F32(vec![0.0; m * n]), rows];
+            let mut args = [Data::F32(av.clone()), Data::F32(wv.clone()), Data::F32(vec![0.0; m * n]), rows];
             run(&kernel, &mut args);
-            let cell = |i: usize, j: usize| {
-                (0..k).fold(0.0, |s, l| av[i * k + l].mul_add(wv[l * n + j], s))
-            };
+            let cell = |i: usize, j: usize| (0..k).fold(0.0, |s, l| av[i * k + l].mul_add(wv[l * n + j], s));
             let expected: Vec<f32> = (0..m * n).map(|at| cell(at / n, at % n)).collect();
             assert_eq!(f32s(&args[2]), expected);
             assert!(dynamic || unproven(&kernel).is_empty(), "{:?}", unproven(&kernel));
@@ -127,13 +120,7 @@ fn reductions_are_striped() {
         let accs = b.reduce(1, n + 1, |b, i| {
             let v = b.bind(Expr::load(x, &i) * 3.0);
             let w = b.bind(Expr::load(q, &i));
-            vec![
-                Acc::Sum(v.clone()),
-                Acc::Dot(v.clone(), v.clone()),
-                Acc::Max(v),
-                Acc::Sum(w.clone()),
-                Acc::Max(w),
-            ]
+            vec![Acc::Sum(v.clone()), Acc::Dot(v.clone(), v.clone()), Acc::Max(v), Acc::Sum(w.clone()), Acc::Max(w)]
         });
         for (i, acc) in accs.into_iter().enumerate() {
             if i < 3 { b.store(y, i, acc) } else { b.store(z, i - 3, acc) }
@@ -141,12 +128,7 @@ fn reductions_are_striped() {
         let k = b.finish();
         let xs = Lcg(n as u64).floats(n + 1);
         let qs: Vec<i8> = (0..=n).map(|i| (i as i8).wrapping_mul(77)).collect();
-        let mut args = [
-            Data::F32(xs.clone()),
-            Data::I8(qs.clone()),
-            Data::F32(vec![0.0; 3]),
-            Data::I32(vec![0; 2]),
-        ];
+        let mut args = [Data::F32(xs.clone()), Data::I8(qs.clone()), Data::F32(vec![0.0; 3]), Data::I32(vec![0; 2])];
         run(&k, &mut args);
         let mut s = [[0.0f32; 8], [0.0; 8], [f32::NEG_INFINITY; 8]];
         for (i, x) in xs[1..].iter().enumerate() {
@@ -179,11 +161,7 @@ fn scratch_conditions_and_every_dtype() {
     b.each(0, 6, |b, i| b.store(t, &i, Expr::load(x, &i) * 100.0));
     b.each(0, 6, |b, i| {
         let inner = Expr::Int(0).lt(&i);
-        b.if_else(
-            inner,
-            |b| b.store(y, &i, Expr::load(t, &i - 1).cast(Ty::F64)),
-            |b| b.store(y, &i, f64c(-1.0)),
-        );
+        b.if_else(inner, |b| b.store(y, &i, Expr::load(t, &i - 1).cast(Ty::F64)), |b| b.store(y, &i, f64c(-1.0)));
         for &o in &outs {
             b.store(o, &i, Expr::load(t, &i).cast(Ty::I32) * i32c(3));
         }
@@ -261,10 +239,7 @@ fn scalar_operations() {
     assert_eq!(value(f64c(0.1).cast(Ty::F32)), f64::from(0.1f32));
     let a = 1.0 + f32::EPSILON;
     assert_eq!(value(f32c(a).fma(f32c(a), f32c(-1.0))), f64::from(a.mul_add(a, -1.0)));
-    assert_eq!(
-        value(i32c(5).dot4(i32c(0x0302_0100), i32c(0x7f80_ff01))),
-        5.0 - 1.0 - 256.0 + 381.0
-    );
+    assert_eq!(value(i32c(5).dot4(i32c(0x0302_0100), i32c(0x7f80_ff01))), 5.0 - 1.0 - 256.0 + 381.0);
     assert_eq!(value(f32c(1.0).lt(f32c(2.0)).select(f32c(3.0), f32c(4.0))), 3.0);
 }
 
@@ -290,10 +265,7 @@ fn a_dynamic_index_out_of_bounds_panics() {
     let y = b.buf("y", DType::F32, 1, Role::Out);
     b.store(y, 0, Expr::load(x, Expr::load(at, 0).cast(Ty::I64)));
     let k = b.finish();
-    assert_eq!(
-        unproven(&k),
-        ["load x at (cast i64 (load at 0)): index in -2147483648..=2147483647, expected 0..=3"]
-    );
+    assert_eq!(unproven(&k), ["load x at (cast i64 (load at 0)): index in -2147483648..=2147483647, expected 0..=3"]);
     run(&k, &mut [Data::F32(vec![0.0; 4]), Data::I32(vec![7]), Data::F32(vec![0.0])]);
 }
 
@@ -344,9 +316,7 @@ fn broken_kernels_are_refused() {
                 });
             });
         }),
-        ("a loop bound inside lanes differs", |b, _, _| {
-            b.lanes(0, 4, 1, |b, i| b.each(0, i, |_, _| {}))
-        }),
+        ("a loop bound inside lanes differs", |b, _, _| b.lanes(0, 4, 1, |b, i| b.each(0, i, |_, _| {}))),
         ("from outside the lanes", |b, _, _| {
             let v = b.local(f32c(0.0));
             b.lanes(0, 4, 1, |b, _| b.set(v, f32c(1.0)));
@@ -416,11 +386,7 @@ impl Lcg {
         const TYPES: [Ty; 4] = [Ty::F32, Ty::F64, Ty::I32, Ty::I64];
         let known: Vec<Var> = vars.iter().filter(|v| v.1 == ty).map(|v| v.0).collect();
         if depth == 0 || self.below(6) == 0 {
-            return if known.is_empty() {
-                self.constant(ty)
-            } else {
-                known[self.below(known.len())].into()
-            };
+            return if known.is_empty() { self.constant(ty) } else { known[self.below(known.len())].into() };
         }
         let d = depth - 1;
         let index = |r: &mut Lcg| Expr::bin(Bin::And, r.expr(Ty::I64, vars, d), Expr::Int(7));
@@ -431,13 +397,9 @@ impl Lcg {
             (Ty::I32, 0) => Expr::load(Buf(2), index(self)),
             (Ty::I32, 1) => Expr::word(Buf(3), index(self) % 2),
             (Ty::I32, 2) => self.expr(Ty::F32, vars, d).to_bits(),
-            (Ty::I32, 3) => self
-                .expr(Ty::I32, vars, d)
-                .dot4(self.expr(Ty::I32, vars, d), self.constant(Ty::I32)),
+            (Ty::I32, 3) => self.expr(Ty::I32, vars, d).dot4(self.expr(Ty::I32, vars, d), self.constant(Ty::I32)),
             (Ty::F32, 1) => self.expr(Ty::I32, vars, d).from_bits(),
-            (Ty::F32, 2) => {
-                self.expr(Ty::F32, vars, d).fma(self.expr(Ty::F32, vars, d), self.constant(Ty::F32))
-            }
+            (Ty::F32, 2) => self.expr(Ty::F32, vars, d).fma(self.expr(Ty::F32, vars, d), self.constant(Ty::F32)),
             (Ty::I64, 0) => self.expr(Ty::I64, vars, d) / (1 + self.below(9)),
             (Ty::Bool, _) => {
                 let (a, b) = operands(self, TYPES[d % 4]);
@@ -475,19 +437,17 @@ impl Lcg {
                         let y = b.bind(i.cast(Ty::F64));
                         vec![Acc::Sum(x.clone() + &y), Acc::Max(y)]
                     });
-                    vars.extend(acc.iter().filter_map(|e| {
-                        if let Expr::Var(v) = e { Some((*v, Ty::F64)) } else { None }
-                    }));
+                    vars.extend(acc.iter().filter_map(
+                        |e| {
+                            if let Expr::Var(v) = e { Some((*v, Ty::F64)) } else { None }
+                        },
+                    ));
                 }
                 3 if !lanes => {
                     let c = self.expr(Ty::Bool, vars, 3);
                     let mut other = vars.clone();
                     let mut split = Lcg(self.next());
-                    b.if_else(
-                        c,
-                        |b| self.block(b, vars, lanes, depth - 1),
-                        |b| split.block(b, &mut other, lanes, 0),
-                    );
+                    b.if_else(c, |b| self.block(b, vars, lanes, depth - 1), |b| split.block(b, &mut other, lanes, 0));
                 }
                 n => {
                     let hi = self.below(6);
@@ -498,11 +458,7 @@ impl Lcg {
                         self.block(b, vars, lanes || n == 5, depth - 1);
                         vars.pop();
                     };
-                    if n == 5 && !lanes {
-                        b.lanes(0, hi, 3, body)
-                    } else {
-                        b.each_step(0, hi, 2, body)
-                    }
+                    if n == 5 && !lanes { b.lanes(0, hi, 3, body) } else { b.each_step(0, hi, 2, body) }
                 }
             }
         }
@@ -527,12 +483,8 @@ fn random_kernels_run_and_round_trip() {
     let mut r = Lcg(3);
     for _ in 0..300 {
         let k = r.kernel();
-        let mut args = [
-            Data::F32(r.floats(8)),
-            Data::zeros(DType::F64, 8),
-            Data::I8(vec![3; 8]),
-            Data::zeros(DType::I16, 8),
-        ];
+        let mut args =
+            [Data::F32(r.floats(8)), Data::zeros(DType::F64, 8), Data::I8(vec![3; 8]), Data::zeros(DType::I16, 8)];
         assert!(unproven(&k).is_empty(), "every index is masked: {:?}", unproven(&k));
         run(&k, &mut args);
     }
@@ -557,8 +509,7 @@ fn damaged_text_never_panics() {
         let text = tree.to_text();
         for _ in 0..60 {
             let (from, to) = (r.below(text.len()), r.below(text.len()));
-            let cut = text.get(..from.min(to)).unwrap_or("").to_owned()
-                + text.get(from.max(to)..).unwrap_or("");
+            let cut = text.get(..from.min(to)).unwrap_or("").to_owned() + text.get(from.max(to)..).unwrap_or("");
             if let Ok(s) = Sexpr::parse(&cut) {
                 drop(parse(&s));
             }

@@ -58,8 +58,7 @@ const BINARY: [(Bin, &str); 14] = [
     (Bin::MulHi, "mulhi"),
 ];
 
-const COMPARE: [(Cmp, &str); 4] =
-    [(Cmp::Eq, "="), (Cmp::Ne, "!="), (Cmp::Lt, "<"), (Cmp::Le, "<=")];
+const COMPARE: [(Cmp, &str); 4] = [(Cmp::Eq, "="), (Cmp::Ne, "!="), (Cmp::Lt, "<"), (Cmp::Le, "<=")];
 
 const ROLES: [(Role, &str); 4] =
     [(Role::In, "in"), (Role::Out, "out"), (Role::InOut, "inout"), (Role::Scratch, "scratch")];
@@ -84,15 +83,11 @@ pub fn print(k: &Kernel) -> Sexpr {
     items.push(Sexpr::form("grid", [Sexpr::Int(k.grid as i64)]));
     if let Some(c) = &k.contract {
         let param = |(n, v): &(String, i64)| Sexpr::List(vec![Sexpr::sym(n), Sexpr::Int(*v)]);
-        items.push(Sexpr::form(
-            "contract",
-            std::iter::once(Sexpr::sym(&c.name)).chain(c.params.iter().map(param)),
-        ));
+        items.push(Sexpr::form("contract", std::iter::once(Sexpr::sym(&c.name)).chain(c.params.iter().map(param))));
     }
     for b in &k.bufs {
         let (dtype, role) = (Sexpr::sym(b.dtype.name()), Sexpr::sym(name_of(&ROLES, &b.role)));
-        items
-            .push(Sexpr::form("buf", [Sexpr::sym(&b.name), dtype, Sexpr::Int(b.len as i64), role]));
+        items.push(Sexpr::form("buf", [Sexpr::sym(&b.name), dtype, Sexpr::Int(b.len as i64), role]));
     }
     items.extend(block(k, &k.body));
     Sexpr::List(items)
@@ -131,10 +126,7 @@ fn print_stmt(k: &Kernel, s: &Stmt) -> Sexpr {
                 Acc::Max(x) => Sexpr::form("max", [print_var(k, *v), e(x)]),
             };
             let head = [print_var(k, *var), e(lo), e(hi)];
-            Sexpr::form(
-                "reduce",
-                head.into_iter().chain(block(k, body)).chain(accs.iter().map(acc)),
-            )
+            Sexpr::form("reduce", head.into_iter().chain(block(k, body)).chain(accs.iter().map(acc)))
         }
     }
 }
@@ -177,14 +169,7 @@ pub fn parse(s: &Sexpr) -> Result<Kernel, KernelError> {
     let Some(("kernel", [Sexpr::Str(name), rest @ ..])) = s.as_form() else {
         return Err(wrong(s, "(kernel \"name\" ...)"));
     };
-    let kernel = Kernel {
-        name: name.to_string(),
-        contract: None,
-        bufs: vec![],
-        vars: vec![],
-        grid: 0,
-        body: vec![],
-    };
+    let kernel = Kernel { name: name.to_string(), contract: None, bufs: vec![], vars: vec![], grid: 0, body: vec![] };
     let mut r = Reader { kernel, bufs: HashMap::new() };
     let [vars, grid, rest @ ..] = rest else {
         return Err(wrong(s, "(vars ...) and (grid n) after the name"));
@@ -193,10 +178,7 @@ pub fn parse(s: &Sexpr) -> Result<Kernel, KernelError> {
         return Err(wrong(vars, "(vars letters)"));
     };
     for c in letters.chars() {
-        let ty = TYPES
-            .iter()
-            .find(|r| r.1 == c)
-            .ok_or_else(|| wrong(vars, "letters out of f d w i b"))?;
+        let ty = TYPES.iter().find(|r| r.1 == c).ok_or_else(|| wrong(vars, "letters out of f d w i b"))?;
         r.kernel.vars.push(ty.0);
     }
     let Some(("grid", [Sexpr::Int(n)])) = grid.as_form() else {
@@ -241,14 +223,11 @@ impl Reader {
     }
 
     fn buf_decl(&mut self, s: &Sexpr) -> Read<()> {
-        let Some((_, [Sexpr::Sym(name), Sexpr::Sym(dtype), Sexpr::Int(len), Sexpr::Sym(role)])) =
-            s.as_form()
-        else {
+        let Some((_, [Sexpr::Sym(name), Sexpr::Sym(dtype), Sexpr::Int(len), Sexpr::Sym(role)])) = s.as_form() else {
             return Err(wrong(s, "(buf name dtype len role)"));
         };
         let dtype = DType::parse(dtype).ok_or_else(|| wrong(s, "a dtype such as f32"))?;
-        let role = value_of(&ROLES, role)
-            .ok_or_else(|| wrong(s, "a role out of in, out, inout, scratch"))?;
+        let role = value_of(&ROLES, role).ok_or_else(|| wrong(s, "a role out of in, out, inout, scratch"))?;
         let len = usize::try_from(*len).map_err(|_| wrong(s, "a length that is not negative"))?;
         self.bufs.insert(name.clone(), Buf(self.kernel.bufs.len() as u32));
         self.kernel.bufs.push(BufDecl { name: name.to_string(), dtype, len, role });
@@ -271,8 +250,7 @@ impl Reader {
                     Some("seq") => (Mode::Seq, 1),
                     Some(m) if m.starts_with("seq") => (Mode::Seq, number(&m[3..])?),
                     Some(name) if name.starts_with("lanes") => {
-                        let n = u8::try_from(number(&name[5..])?)
-                            .map_err(|_| wrong(m, "at most 255 lanes"))?;
+                        let n = u8::try_from(number(&name[5..])?).map_err(|_| wrong(m, "at most 255 lanes"))?;
                         (Mode::Lanes(n), 1)
                     }
                     _ => return Err(wrong(m, "seq, seqN or lanesN")),
@@ -292,11 +270,9 @@ impl Reader {
                 Ok(Stmt::If(e(c)?, self.block(then, depth + 1)?, self.block(other, depth + 1)?))
             }
             Some(("reduce", [v, lo, hi, rest @ ..])) => {
-                let lets =
-                    rest.iter().take_while(|s| matches!(s.as_form(), Some(("let", _)))).count();
+                let lets = rest.iter().take_while(|s| matches!(s.as_form(), Some(("let", _)))).count();
                 let body = self.block(&rest[..lets], depth)?;
-                let accs =
-                    rest[lets..].iter().map(|s| self.acc(s, depth + 2)).collect::<Read<_>>()?;
+                let accs = rest[lets..].iter().map(|s| self.acc(s, depth + 2)).collect::<Read<_>>()?;
                 Ok(Stmt::Reduce { var: self.var(v)?, lo: e(lo)?, hi: e(hi)?, body, accs })
             }
             _ => Err(wrong(s, "a statement: let, store, for, if or reduce")),
@@ -337,29 +313,21 @@ impl Reader {
             Sexpr::F64(bits) => return Ok(Expr::F64(f64::from_bits(*bits))),
             Sexpr::Int(x) => return Ok(Expr::Int(*x)),
             Sexpr::Sym(_) => return self.var(s).map(Expr::Var),
-            Sexpr::Str(_) | Sexpr::List(_) => {
-                s.as_form().ok_or_else(|| wrong(s, "an expression"))?
-            }
+            Sexpr::Str(_) | Sexpr::List(_) => s.as_form().ok_or_else(|| wrong(s, "an expression"))?,
         };
         let expr = match (head, args) {
-            ("i32", [Sexpr::Int(x)]) => {
-                Expr::I32(i32::try_from(*x).map_err(|_| wrong(s, "an integer of 32 bits"))?)
-            }
+            ("i32", [Sexpr::Int(x)]) => Expr::I32(i32::try_from(*x).map_err(|_| wrong(s, "an integer of 32 bits"))?),
             ("load", [b, i]) => Expr::Load(self.buf(b)?, e(i)?),
             ("word", [b, i]) => Expr::Word(self.buf(b)?, e(i)?),
             ("fma", [a, b, c]) => Expr::Fma(e(a)?, e(b)?, e(c)?),
             ("dot4", [a, b, c]) => Expr::Dot4(e(a)?, e(b)?, e(c)?),
             ("select", [c, a, b]) => Expr::Select(e(c)?, e(a)?, e(b)?),
             ("cast", [Sexpr::Sym(ty), a]) => {
-                let ty = TYPES
-                    .iter()
-                    .find(|r| r.2 == &**ty)
-                    .ok_or_else(|| wrong(s, "a type such as f32"))?;
+                let ty = TYPES.iter().find(|r| r.2 == &**ty).ok_or_else(|| wrong(s, "a type such as f32"))?;
                 Expr::Cast(ty.0, e(a)?)
             }
             (op, [a]) => {
-                let op =
-                    value_of(&UNARY, op).ok_or_else(|| wrong(s, "an operation on one operand"))?;
+                let op = value_of(&UNARY, op).ok_or_else(|| wrong(s, "an operation on one operand"))?;
                 Expr::Un(op, e(a)?)
             }
             (op, [a, b]) => match (value_of(&BINARY, op), value_of(&COMPARE, op)) {

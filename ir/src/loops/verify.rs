@@ -59,11 +59,8 @@ impl std::error::Error for KernelError {}
 /// # Errors
 /// The first rule that the kernel breaks, with the statement that breaks it.
 pub fn verify(kernel: &Kernel) -> Result<(), KernelError> {
-    let invalid = |(place, reason): (String, String)| KernelError::Invalid {
-        kernel: kernel.name.clone(),
-        place,
-        reason,
-    };
+    let invalid =
+        |(place, reason): (String, String)| KernelError::Invalid { kernel: kernel.name.clone(), place, reason };
     declarations(kernel).map_err(|reason| invalid(("declarations".to_owned(), reason)))?;
     if !shallow(&kernel.body, 1) {
         let reason = format!("nesting exceeds {MAX_DEPTH}, bind parts to locals");
@@ -73,8 +70,7 @@ pub fn verify(kernel: &Kernel) -> Result<(), KernelError> {
     defined[GRID.0 as usize] = true;
     let mut loops = vec![false; kernel.vars.len()];
     loops[GRID.0 as usize] = true;
-    let mut check =
-        Check { kernel, defined, loops, varying: None, fixed: vec![], place: String::new() };
+    let mut check = Check { kernel, defined, loops, varying: None, fixed: vec![], place: String::new() };
     check.block(&kernel.body).map_err(|reason| invalid((check.place.clone(), reason)))?;
     match range::accesses(kernel).into_iter().find(|a| a.never_inside) {
         Some(a) => Err(invalid((a.text, "the access is always out of bounds".to_owned()))),
@@ -86,11 +82,8 @@ fn declarations(k: &Kernel) -> Result<(), String> {
     if k.vars.first() != Some(&Ty::I64) {
         return Err("variable 0 is the grid index, expected I64".to_owned());
     }
-    let limits = [
-        ("grid", k.grid, MAX_LEN),
-        ("buffers", k.bufs.len(), MAX_BUFS),
-        ("variables", k.vars.len(), MAX_VARS),
-    ];
+    let limits =
+        [("grid", k.grid, MAX_LEN), ("buffers", k.bufs.len(), MAX_BUFS), ("variables", k.vars.len(), MAX_VARS)];
     for (what, n, limit) in limits {
         if n > limit {
             return Err(format!("{what} {n}, expected at most {limit}"));
@@ -102,10 +95,7 @@ fn declarations(k: &Kernel) -> Result<(), String> {
             return Err(format!("two buffers are named {}, expected unique names", b.name));
         }
         if b.len > MAX_LEN {
-            return Err(format!(
-                "buffer {} has {} elements, expected at most {MAX_LEN}",
-                b.name, b.len
-            ));
+            return Err(format!("buffer {} has {} elements, expected at most {MAX_LEN}", b.name, b.len));
         }
     }
     Ok(())
@@ -168,16 +158,14 @@ impl Check<'_> {
                     return Err("a reduction inside lanes, expected it outside".to_owned());
                 }
                 if !body.iter().all(|s| matches!(s, Stmt::Let(..))) {
-                    return Err("the body of a reduction has other statements, expected let only"
-                        .to_owned());
+                    return Err("the body of a reduction has other statements, expected let only".to_owned());
                 }
                 self.enter(*var, lo, hi)?;
                 let outer = self.defined.clone();
                 self.defined[var.0 as usize] = true;
                 self.block(body)?;
                 self.place = place(self.kernel, s);
-                let types =
-                    accs.iter().map(|(_, acc)| self.acc(acc)).collect::<Result<Vec<_>, _>>()?;
+                let types = accs.iter().map(|(_, acc)| self.acc(acc)).collect::<Result<Vec<_>, _>>()?;
                 self.defined = outer;
                 self.loops[var.0 as usize] = false;
                 accs.iter().zip(types).try_for_each(|((v, _), ty)| self.assign(*v, ty))
@@ -198,14 +186,7 @@ impl Check<'_> {
         self.expect(value, wanted, "the value")
     }
 
-    fn lanes(
-        &mut self,
-        var: Var,
-        interleave: u8,
-        step: i64,
-        body: &[Stmt],
-        outer: &[bool],
-    ) -> Result<(), String> {
+    fn lanes(&mut self, var: Var, interleave: u8, step: i64, body: &[Stmt], outer: &[bool]) -> Result<(), String> {
         if self.varying.is_some() {
             return Err("lanes inside lanes, expected one level".to_owned());
         }
@@ -236,10 +217,7 @@ impl Check<'_> {
                 self.loops[var.0 as usize] = true;
                 Ok(())
             }
-            Some(Ty::I64) => Err(format!(
-                "variable {} already counts an enclosing loop, expected a fresh one",
-                var.0
-            )),
+            Some(Ty::I64) => Err(format!("variable {} already counts an enclosing loop, expected a fresh one", var.0)),
             found => Err(format!("loop variable {} is {found:?}, expected I64", var.0)),
         }
     }
@@ -253,14 +231,10 @@ impl Check<'_> {
             return Err(format!("variable {at} is {declared:?}, found a value of {ty:?}"));
         }
         if self.loops[at] {
-            return Err(format!(
-                "variable {at} counts an enclosing loop, expected another one to assign"
-            ));
+            return Err(format!("variable {at} counts an enclosing loop, expected another one to assign"));
         }
         if self.fixed.get(at) == Some(&true) {
-            return Err(format!(
-                "variable {at} has its value from outside the lanes, expected one of this lane only"
-            ));
+            return Err(format!("variable {at} has its value from outside the lanes, expected one of this lane only"));
         }
         self.defined[at] = true;
         Ok(())
@@ -268,9 +242,7 @@ impl Check<'_> {
 
     fn uniform(&self, e: &Expr, what: &str) -> Result<(), String> {
         match &self.varying {
-            Some(varying) if reads(e, varying) => {
-                Err(format!("{what} differs between lanes, expected the same"))
-            }
+            Some(varying) if reads(e, varying) => Err(format!("{what} differs between lanes, expected the same")),
             _ => Ok(()),
         }
     }
@@ -329,11 +301,7 @@ impl Check<'_> {
                     return Err(format!("{} is write only, expected another role", decl.name));
                 }
                 if !matches!(decl.dtype, DType::I8 | DType::U8) {
-                    return Err(format!(
-                        "a word of {}, which is {}, expected bytes",
-                        decl.name,
-                        decl.dtype.name()
-                    ));
+                    return Err(format!("a word of {}, which is {}, expected bytes", decl.name, decl.dtype.name()));
                 }
                 self.expect(i, Ty::I64, "the index")?;
                 Ok(Ty::I32)
@@ -368,11 +336,7 @@ impl Check<'_> {
             }
             Expr::Cast(ty, a) => {
                 self.expr(a)?;
-                if *ty == Ty::Bool {
-                    Err("a cast to Bool, expected a comparison".to_owned())
-                } else {
-                    Ok(*ty)
-                }
+                if *ty == Ty::Bool { Err("a cast to Bool, expected a comparison".to_owned()) } else { Ok(*ty) }
             }
         }
     }
@@ -386,9 +350,7 @@ fn shallow(body: &[Stmt], depth: usize) -> bool {
             Stmt::Let(_, e) => expr(e),
             Stmt::Store(_, i, e) => expr(i) && expr(e),
             Stmt::For { lo, hi, body, .. } => expr(lo) && expr(hi) && shallow(body, depth + 1),
-            Stmt::If(c, then, other) => {
-                expr(c) && shallow(then, depth + 2) && shallow(other, depth + 2)
-            }
+            Stmt::If(c, then, other) => expr(c) && shallow(then, depth + 2) && shallow(other, depth + 2),
             Stmt::Reduce { lo, hi, body, accs, .. } => {
                 let within = |e| shallow_expr(e, depth + 2);
                 expr(lo)
@@ -409,9 +371,7 @@ fn shallow_expr(e: &Expr, depth: usize) -> bool {
             Expr::F32(_) | Expr::F64(_) | Expr::I32(_) | Expr::Int(_) | Expr::Var(_) => true,
             Expr::Load(_, a) | Expr::Word(_, a) | Expr::Un(_, a) | Expr::Cast(_, a) => expr(a),
             Expr::Bin(_, a, b) | Expr::Cmp(_, a, b) => expr(a) && expr(b),
-            Expr::Fma(a, b, c) | Expr::Dot4(a, b, c) | Expr::Select(a, b, c) => {
-                expr(a) && expr(b) && expr(c)
-            }
+            Expr::Fma(a, b, c) | Expr::Dot4(a, b, c) | Expr::Select(a, b, c) => expr(a) && expr(b) && expr(c),
         }
 }
 
@@ -438,9 +398,7 @@ fn bin_ty(op: Bin, a: Ty, by_positive: bool) -> Result<Ty, String> {
     };
     match op {
         _ if ok => Ok(a),
-        Bin::Div | Bin::Rem => {
-            Err(format!("{op:?} of {a:?}, expected floats or I64 by a positive literal"))
-        }
+        Bin::Div | Bin::Rem => Err(format!("{op:?} of {a:?}, expected floats or I64 by a positive literal")),
         _ => Err(format!("{op:?} of {a:?}, which it is not defined for")),
     }
 }

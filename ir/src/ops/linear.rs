@@ -36,7 +36,10 @@ pub(super) fn check_panels(op: &'static str, m: usize, panels: &Type, x: &Type) 
     check::is(op, "panels", panels, DType::F32, 3..=4)?;
     let want = [m.div_ceil(PANEL), x.cols(), PANEL];
     if m == 0 || !panels.dims.ends_with(&want) {
-        return Err(InferError::new(op, format!("{m} rows of {} columns want panels {want:?}, found {panels}", x.cols())));
+        return Err(InferError::new(
+            op,
+            format!("{m} rows of {} columns want panels {want:?}, found {panels}", x.cols()),
+        ));
     }
     Ok(())
 }

@@ -20,7 +20,10 @@ impl OpDef for LossMean {
         check::is(Self::NAME, "nll", &ins[0], DType::F32, 2..=2)?;
         check::is(Self::NAME, "labels", &ins[1], DType::I32, 2..=2)?;
         if ins[0].dims != ins[1].dims {
-            return Err(InferError::new(Self::NAME, format!("{} wants a label for every loss, found {}", ins[0], ins[1])));
+            return Err(InferError::new(
+                Self::NAME,
+                format!("{} wants a label for every loss, found {}", ins[0], ins[1]),
+            ));
         }
         Ok(vec![Type::f32(&ins[0].dims[..1]), Type::f32(&[1])])
     }

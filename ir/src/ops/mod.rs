@@ -2,11 +2,7 @@
 
 use std::{error, fmt};
 
-use crate::{
-    DType, Graph, Tensor, Type, Value,
-    loops::Expr,
-    lower::Lower,
-};
+use crate::{DType, Graph, Tensor, Type, Value, loops::Expr, lower::Lower};
 
 mod balance;
 mod binary;

@@ -66,10 +66,7 @@ impl OpDef for RowRms {
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
-        vec![
-            (RowRms { eps: 1e-6 }, vec![Type::f32(&[2, 3, 21])]),
-            (RowRms { eps: 0.5 }, vec![Type::f32(&[4, 1])]),
-        ]
+        vec![(RowRms { eps: 1e-6 }, vec![Type::f32(&[2, 3, 21])]), (RowRms { eps: 0.5 }, vec![Type::f32(&[4, 1])])]
     }
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {

@@ -93,7 +93,10 @@ pub(super) fn sections(op: &'static str, groups: usize, offsets: &Type) -> Resul
     if n > 0 && n.is_multiple_of(groups) {
         return Ok(n / groups);
     }
-    Err(InferError::new(op, format!("{groups} groups of weights want a multiple of them and one offset, found {offsets}")))
+    Err(InferError::new(
+        op,
+        format!("{groups} groups of weights want a multiple of them and one offset, found {offsets}"),
+    ))
 }
 
 /// The group of every row, for reference semantics.

@@ -80,9 +80,8 @@ impl OpDef for Select {
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
-        let of = |dtype: DType, dims: &[usize]| {
-            vec![Type::i32(&dims[..1]), Type::new(dtype, dims), Type::new(dtype, dims)]
-        };
+        let of =
+            |dtype: DType, dims: &[usize]| vec![Type::i32(&dims[..1]), Type::new(dtype, dims), Type::new(dtype, dims)];
         vec![
             (Select {}, of(DType::F32, &[5, 3, 7])),
             (Select {}, of(DType::I32, &[6])),

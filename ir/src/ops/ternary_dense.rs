@@ -90,9 +90,6 @@ impl OpDef for TernaryDense {
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let of = TernaryDense { group: 64, ratio: 0.5 };
-        vec![
-            (of.clone(), vec![Type::f32(&[7, 300]), Type::f32(&[7, 3])]),
-            (of, vec![Type::f32(&[7]), Type::f32(&[7])]),
-        ]
+        vec![(of.clone(), vec![Type::f32(&[7, 300]), Type::f32(&[7, 3])]), (of, vec![Type::f32(&[7]), Type::f32(&[7])])]
     }
 }

@@ -104,7 +104,10 @@ impl TernaryProduct {
             let alphas = if alpha.dims.len() == 3 { alpha.dims[0] } else { 1 };
             let good = alpha.dims.ends_with(&[self.m, nb]) && lead.is_multiple_of(alphas);
             if !good {
-                return fail(format!("weight {w} wants scales f32[{}, {nb}] in groups that divide {lead}, found {alpha}", self.m));
+                return fail(format!(
+                    "weight {w} wants scales f32[{}, {nb}] in groups that divide {lead}, found {alpha}",
+                    self.m
+                ));
             }
         }
         if self.grouped_rows {
@@ -119,9 +122,7 @@ impl TernaryProduct {
             (_, block) => (block, self.group / block),
         };
         let fits = nb == 1
-            || (self.group > 0
-                && self.group.is_multiple_of(self.block.max(64))
-                && nb == np.div_ceil(self.group));
+            || (self.group > 0 && self.group.is_multiple_of(self.block.max(64)) && nb == np.div_ceil(self.group));
         if !fits {
             return fail(format!("{nb} scales a row do not fit groups of {} of {np} columns", self.group));
         }

@@ -83,8 +83,7 @@ impl Printer {
     fn flat(&mut self, s: &Sexpr, limit: usize) -> bool {
         match s {
             Sexpr::Sym(t) | Sexpr::Str(t) if self.out.len() + t.len() > limit => {
-                let cut =
-                    (0..=EXCERPT.min(t.len())).rev().find(|&i| t.is_char_boundary(i)).unwrap_or(0);
+                let cut = (0..=EXCERPT.min(t.len())).rev().find(|&i| t.is_char_boundary(i)).unwrap_or(0);
                 self.out.push_str(&t[..cut]);
                 return false;
             }
@@ -190,9 +189,7 @@ impl Parser<'_> {
         while let Some(c) = self.peek() {
             match c {
                 b' ' | b'\t' | b'\r' | b'\n' => self.at += 1,
-                b';' => {
-                    self.at += self.text[self.at..].find('\n').unwrap_or(self.text.len() - self.at)
-                }
+                b';' => self.at += self.text[self.at..].find('\n').unwrap_or(self.text.len() - self.at),
                 _ => break,
             }
         }
@@ -230,8 +227,7 @@ impl Parser<'_> {
                 Some(b'|') => Sexpr::Sym(self.quoted('|')?.into()),
                 Some(c) if in_word(c) => self.word()?,
                 Some(_) => {
-                    return self
-                        .wrong(start, "a character that stands only in strings or between bars");
+                    return self.wrong(start, "a character that stands only in strings or between bars");
                 }
             };
             match open.last_mut() {
@@ -263,12 +259,7 @@ impl Parser<'_> {
             Some(s) => Ok(s),
             None => {
                 let found = Sexpr::str(word).excerpt();
-                self.wrong(
-                    start,
-                    format!(
-                        "{found}, expected an integer of 64 bits, 0.5f, 0.5d or #f and 8 hex digits"
-                    ),
-                )
+                self.wrong(start, format!("{found}, expected an integer of 64 bits, 0.5f, 0.5d or #f and 8 hex digits"))
             }
         }
     }
@@ -294,19 +285,14 @@ impl Parser<'_> {
                 Some('n') => (Some('\n'), 1),
                 Some(c) if c == mark => (Some(c), 1),
                 Some('u') => {
-                    let digits = rest[1..]
-                        .strip_prefix('{')
-                        .and_then(|r| Some(&r[..r.find('}').filter(|&n| n <= 6)?]));
+                    let digits = rest[1..].strip_prefix('{').and_then(|r| Some(&r[..r.find('}').filter(|&n| n <= 6)?]));
                     let code = digits.and_then(|d| u32::from_str_radix(d, 16).ok());
                     (code.and_then(char::from_u32), 3 + digits.map_or(0, str::len))
                 }
                 _ => (None, 0),
             };
             let Some(c) = c else {
-                return self.wrong(
-                    escape,
-                    format!("an escape, expected \\\\, \\n, \\{mark} or \\u{{hex}}"),
-                );
+                return self.wrong(escape, format!("an escape, expected \\\\, \\n, \\{mark} or \\u{{hex}}"));
             };
             out.push(c);
             self.at += length;

@@ -16,10 +16,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// # Errors
 /// [`FileError::NoSpace`] when the disk or quota is full, [`FileError::Io`] otherwise. The old file is then unchanged and
 /// the temporary file is removed; only when syncing the folder fails is the new file, complete, already in place.
-pub fn write_atomic<T>(
-    path: &Path,
-    fill: impl FnOnce(&mut dyn Write) -> io::Result<T>,
-) -> Result<T, FileError> {
+pub fn write_atomic<T>(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<T>) -> Result<T, FileError> {
     replace(path, fill).map_err(|source| FileError::io(path, "write", source))
 }
 
@@ -74,9 +71,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
         Err(error)
             if !matches!(
                 error.kind(),
-                io::ErrorKind::InvalidInput
-                    | io::ErrorKind::Unsupported
-                    | io::ErrorKind::PermissionDenied
+                io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied
             ) =>
         {
             Err(error)
@@ -118,8 +113,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.bin");
         write_atomic(&path, |w| w.write_all(b"good")).expect("written");
-        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::Other]
-        {
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::Other] {
             let error = write_atomic(&path, |w| -> io::Result<()> {
                 w.write_all(&[0; 3 << 20])?;
                 Err(kind.into())

@@ -16,9 +16,7 @@
 
 mod writer;
 
-pub use super::ternary::{
-    ScaleMode, Ternary, is_packed, pack_ternary, packed_len, padded, ternarise, unpack_ternary,
-};
+pub use super::ternary::{ScaleMode, Ternary, is_packed, pack_ternary, packed_len, padded, ternarise, unpack_ternary};
 pub use writer::{Entry, write};
 
 use super::{Cursor, DType, FileError, HostTensor, IN_MEMORY, Storage, TensorView, map_file};
@@ -121,9 +119,7 @@ impl Encoding {
             (0, 0, 0) => Some(Encoding::F32),
             (1, 0, 0) => Some(Encoding::Bf16),
             (2, 0, 0) => Some(Encoding::I32),
-            (3, _, group) => {
-                Some(Encoding::Ternary { group: usize::try_from(group).ok()?, scales })
-            }
+            (3, _, group) => Some(Encoding::Ternary { group: usize::try_from(group).ok()?, scales }),
             _ => None,
         }
     }
@@ -208,8 +204,7 @@ impl<'a> Packed<'a> {
     pub fn to_host(&self) -> HostTensor {
         match self.plain() {
             Some(view) => view.to_owned(),
-            None => HostTensor::from_f32(self.shape, &self.to_f32())
-                .expect("dequantising keeps the shape"),
+            None => HostTensor::from_f32(self.shape, &self.to_f32()).expect("dequantising keeps the shape"),
         }
     }
 }
@@ -273,11 +268,8 @@ impl B158 {
         if slot.verified.load(Ordering::Relaxed) {
             return Ok(packed);
         }
-        let corrupted = |reason: String| FileError::Corrupted {
-            path: self.path.clone(),
-            tensor: Some(name.to_string()),
-            reason,
-        };
+        let corrupted =
+            |reason: String| FileError::Corrupted { path: self.path.clone(), tensor: Some(name.to_string()), reason };
         let crc = crc32c::crc32c(packed.bytes);
         if crc != slot.crc {
             return Err(corrupted(format!("its checksum is {crc:08x}, expected {:08x}", slot.crc)));
@@ -306,8 +298,7 @@ impl B158 {
         };
         let (found, expected) = (crc32c::crc32c(&bytes[..table.end]), u32::from_le_bytes(checksum));
         if found != expected {
-            let reason =
-                format!("the checksum of its header is {found:08x}, expected {expected:08x}");
+            let reason = format!("the checksum of its header is {found:08x}, expected {expected:08x}");
             return Err(corrupted(reason));
         }
         let data = (table.end + CHECKSUM_BYTES)..bytes.len();
@@ -315,12 +306,9 @@ impl B158 {
         let mut metadata = BTreeMap::new();
         for index in 0..prologue.metadata {
             let entry = cursor.text().and_then(|key| Some((key, cursor.text()?)));
-            let fresh =
-                entry.is_some_and(|(k, v)| metadata.insert(k.to_string(), v.to_string()).is_none());
+            let fresh = entry.is_some_and(|(k, v)| metadata.insert(k.to_string(), v.to_string()).is_none());
             if !fresh {
-                return Err(corrupted(format!(
-                    "metadata entry {index} is malformed or occurs twice"
-                )));
+                return Err(corrupted(format!("metadata entry {index} is malformed or occurs twice")));
             }
         }
         let mut tensors = BTreeMap::new();
@@ -371,19 +359,12 @@ impl Prologue {
             return Err(corrupted(reason));
         };
         if file_bytes != bytes.len() as u64 {
-            let reason = format!(
-                "it has {} bytes, expected {file_bytes}: it was truncated or damaged",
-                bytes.len()
-            );
+            let reason = format!("it has {} bytes, expected {file_bytes}: it was truncated or damaged", bytes.len());
             return Err(corrupted(reason));
         }
         match usize::try_from(table_bytes) {
-            Ok(table_bytes) if table_bytes <= MAX_TABLE_BYTES => {
-                Ok(Prologue { tensors, metadata, table_bytes })
-            }
-            _ => Err(corrupted(format!(
-                "its table has {table_bytes} bytes, expected at most {MAX_TABLE_BYTES}"
-            ))),
+            Ok(table_bytes) if table_bytes <= MAX_TABLE_BYTES => Ok(Prologue { tensors, metadata, table_bytes }),
+            _ => Err(corrupted(format!("its table has {table_bytes} bytes, expected at most {MAX_TABLE_BYTES}"))),
         }
     }
 }
@@ -406,8 +387,7 @@ impl Slot {
             && range.end <= data.end
             && range.start.is_multiple_of(DATA_ALIGN)
             && encoding.byte_len(&shape) == Some(length);
-        placed
-            .then(|| (name, Slot { encoding, shape, range, crc, verified: AtomicBool::new(false) }))
+        placed.then(|| (name, Slot { encoding, shape, range, crc, verified: AtomicBool::new(false) }))
     }
 }
 

@@ -126,16 +126,10 @@ impl fmt::Display for FileError {
                  space or choose another folder"
             ),
             FileError::Corrupted { tensor: Some(tensor), reason, .. } => {
-                write!(
-                    f,
-                    "{shown}: tensor `{tensor}` is corrupted: {reason}; restore the file from its source"
-                )
+                write!(f, "{shown}: tensor `{tensor}` is corrupted: {reason}; restore the file from its source")
             }
             FileError::Corrupted { tensor: None, reason, .. } => {
-                write!(
-                    f,
-                    "{shown}: the file is corrupted: {reason}; restore the file from its source"
-                )
+                write!(f, "{shown}: the file is corrupted: {reason}; restore the file from its source")
             }
             FileError::Unsupported { reason, .. } => write!(f, "{shown}: {reason}"),
             FileError::Missing { tensor, count, .. } => write!(
@@ -182,10 +176,7 @@ fn map_file(path: &Path) -> Result<Storage, FileError> {
     // Before opening: a pipe would block.
     let kind = std::fs::metadata(path).map_err(error)?;
     if !kind.is_file() {
-        return Err(FileError::unsupported(
-            path,
-            "found a folder or a device, expected a regular file",
-        ));
+        return Err(FileError::unsupported(path, "found a folder or a device, expected a regular file"));
     }
     let file = std::fs::File::open(path).map_err(error)?;
     if kind.len() == 0 {

@@ -61,8 +61,7 @@ fn header_bytes(description: &str, shape: &[usize]) -> Vec<u8> {
     let mut dims: String = shape.iter().map(|dim| format!("{dim}, ")).collect();
     let keep = if shape.len() == 1 { 1 } else { 2 };
     dims.truncate(dims.len().saturating_sub(keep));
-    let mut text =
-        format!("{{'descr': '{description}', 'fortran_order': False, 'shape': ({dims}), }}");
+    let mut text = format!("{{'descr': '{description}', 'fortran_order': False, 'shape': ({dims}), }}");
     // Version 1 has a 16-bit length.
     let wide = text.len() + 2 * ALIGN > usize::from(u16::MAX);
     let prefix = MAGIC.len() + 2 + if wide { 4 } else { 2 };
@@ -99,23 +98,16 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<HostTensor, FileError> {
             (usize::try_from(u32::from_le_bytes(*n)).unwrap_or(usize::MAX), rest)
         }
         _ => {
-            let reason = format!(
-                "found .npy version {major}, supported are 1 and 2; save it again as version 1"
-            );
+            let reason = format!("found .npy version {major}, supported are 1 and 2; save it again as version 1");
             return Err(FileError::unsupported(path, reason));
         }
     };
     let (text, data) = rest.split_at_checked(length).ok_or_else(short)?;
-    let header = Header::parse(text).ok_or_else(|| {
-        corrupted("its header is not a dictionary of descr, fortran_order and shape")
-    })?;
-    let Some((dtype, _)) = DESCRIPTIONS.iter().find(|(_, known)| *known == header.description)
-    else {
+    let header = Header::parse(text)
+        .ok_or_else(|| corrupted("its header is not a dictionary of descr, fortran_order and shape"))?;
+    let Some((dtype, _)) = DESCRIPTIONS.iter().find(|(_, known)| *known == header.description) else {
         let known = DESCRIPTIONS.map(|(_, name)| name).join(", ");
-        let reason = format!(
-            "found dtype `{}`, supported are {known}; convert the array",
-            header.description
-        );
+        let reason = format!("found dtype `{}`, supported are {known}; convert the array", header.description);
         return Err(FileError::unsupported(path, reason));
     };
     if header.fortran_order {
@@ -246,8 +238,7 @@ mod tests {
 
     #[test]
     fn headers_are_those_of_numpy() {
-        let dict =
-            |shape: &str| format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}");
+        let dict = |shape: &str| format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}");
         for (shape, text) in [(&[][..], "()"), (&[3], "(3,)"), (&[2, 3], "(2, 3)")] {
             let header = header_bytes("<f4", shape);
             assert_eq!(header.len() % ALIGN, 0);
@@ -282,16 +273,8 @@ mod tests {
             (file(1, &dict("'<f4'", "True", "(1,)"), &[0; 4]), 1, "Fortran order"),
             (file(1, &dict("'<f4'", "False", "(2,)"), &[0; 4]), 5, "needs 8 bytes, found 4"),
             (file(1, &dict("'<f4'", "False", "(1,)"), &[0; 5]), 5, "needs 4 bytes, found 5"),
-            (
-                file(1, &dict("'<f4'", "False", "(9999999999, 9999999999)"), &[]),
-                5,
-                "more bytes than can be addressed",
-            ),
-            (
-                file(1, &dict("'<f4'", "False", "(99999999999999999999,)"), &[]),
-                5,
-                "not a dictionary",
-            ),
+            (file(1, &dict("'<f4'", "False", "(9999999999, 9999999999)"), &[]), 5, "more bytes than can be addressed"),
+            (file(1, &dict("'<f4'", "False", "(99999999999999999999,)"), &[]), 5, "not a dictionary"),
             (file(2, "{}", &[])[..14 - 1].to_vec(), 5, "ends inside its header"),
         ];
         for (bytes, code, sentence) in cases {

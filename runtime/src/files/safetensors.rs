@@ -108,9 +108,8 @@ impl SafeTensors {
         };
         let data = LENGTH_BYTES + header.len();
         // `Header` has a fixed depth, and serde_json skips unknown values without recursion.
-        let header: Header = serde_json::from_slice(header).map_err(|error| {
-            FileError::corrupted(&path, format!("its header is not understood: {error}"))
-        })?;
+        let header: Header = serde_json::from_slice(header)
+            .map_err(|error| FileError::corrupted(&path, format!("its header is not understood: {error}")))?;
         let mut tensors = BTreeMap::new();
         for (name, info) in header.tensors {
             let entry = info.locate(&path, &name, data..total)?;
@@ -139,17 +138,11 @@ impl Info {
     fn locate(self, path: &Path, name: &str, data: Range<usize>) -> Result<Entry, FileError> {
         let Some(dtype) = DType::from_name(&self.dtype) else {
             let known = DType::NAMES.map(|(_, name)| name).join(", ");
-            let reason = format!(
-                "tensor `{name}` has dtype `{}`, supported are {known}; convert it",
-                self.dtype
-            );
+            let reason = format!("tensor `{name}` has dtype `{}`, supported are {known}; convert it", self.dtype);
             return Err(FileError::unsupported(path, reason));
         };
-        let corrupted = |reason| FileError::Corrupted {
-            path: path.to_path_buf(),
-            tensor: Some(name.to_string()),
-            reason,
-        };
+        let corrupted =
+            |reason| FileError::Corrupted { path: path.to_path_buf(), tensor: Some(name.to_string()), reason };
         let (start, end) = self.data_offsets;
         let available = data.len();
         let inside = match (usize::try_from(start), usize::try_from(end)) {
@@ -157,24 +150,18 @@ impl Info {
             _ => None,
         };
         let inside = inside.ok_or_else(|| {
-            corrupted(format!(
-                "its data lies at {start}..{end}, the file has data at 0..{available}"
-            ))
+            corrupted(format!("its data lies at {start}..{end}, the file has data at 0..{available}"))
         })?;
-        let shape: Option<Vec<usize>> =
-            self.shape.iter().map(|&dim| usize::try_from(dim).ok()).collect();
+        let shape: Option<Vec<usize>> = self.shape.iter().map(|&dim| usize::try_from(dim).ok()).collect();
         let bytes = shape.as_deref().and_then(|shape| dtype.byte_len(shape));
         match (shape, bytes) {
             (Some(shape), Some(bytes)) if bytes == inside.len() => {
                 let range = data.start + inside.start..data.start + inside.end;
                 Ok(Entry { dtype, shape, range })
             }
-            _ => Err(corrupted(format!(
-                "{} of shape {:?} does not have {} bytes",
-                self.dtype,
-                self.shape,
-                inside.len()
-            ))),
+            _ => {
+                Err(corrupted(format!("{} of shape {:?} does not have {} bytes", self.dtype, self.shape, inside.len())))
+            }
         }
     }
 }
@@ -250,8 +237,7 @@ fn header_text(order: &[&(&str, TensorView<'_>)], metadata: &BTreeMap<String, St
     use serde_json::{Map, Value, json};
     let mut header = Map::new();
     if !metadata.is_empty() {
-        let strings =
-            metadata.iter().map(|(key, value)| (key.clone(), Value::from(value.as_str())));
+        let strings = metadata.iter().map(|(key, value)| (key.clone(), Value::from(value.as_str())));
         header.insert(METADATA.to_string(), Value::Object(strings.collect()));
     }
     let mut start = 0;
@@ -285,8 +271,7 @@ mod tests {
             HostTensor::new(dtype, shape.to_vec(), bytes).expect("sizes agree")
         };
         let names = ["z", "a.weight", "b \"quoted\"", "ü", "e", "f", "g", "h", "i", "j"];
-        let shapes: [&[usize]; 10] =
-            [&[2, 3], &[5], &[], &[0, 4], &[1, 1, 2], &[3], &[7], &[2, 2], &[1], &[9]];
+        let shapes: [&[usize]; 10] = [&[2, 3], &[5], &[], &[0, 4], &[1, 1, 2], &[3], &[7], &[2, 2], &[1], &[9]];
         let dtypes = DType::NAMES.iter().map(|(dtype, _)| *dtype);
         names.into_iter().zip(dtypes.zip(shapes).map(|(d, s)| tensor(d, s))).collect()
     }
@@ -303,9 +288,7 @@ mod tests {
     }
 
     fn metadata() -> BTreeMap<String, String> {
-        [("config", "{\"a\": [1, 2]}"), ("note", "ä\n")]
-            .map(|(k, v)| (k.to_string(), v.to_string()))
-            .into()
+        [("config", "{\"a\": [1, 2]}"), ("note", "ä\n")].map(|(k, v)| (k.to_string(), v.to_string())).into()
     }
 
     #[test]
@@ -378,12 +361,7 @@ mod tests {
     #[test]
     fn bad_headers_get_a_sentence() {
         let entry = |dtype: &str, shape: &str, offsets: &str| {
-            file(
-                &format!(
-                    r#"{{"t":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#
-                ),
-                8,
-            )
+            file(&format!(r#"{{"t":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#), 8)
         };
         let deep = format!(r#"{{"t":{{"x":{}1{}}}}}"#, "[".repeat(5000), "]".repeat(5000));
         let twice = r#"{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
@@ -411,9 +389,7 @@ mod tests {
             let unsupported = matches!(error, FileError::Unsupported { .. });
             assert_eq!(error.exit_code(), if unsupported { 1 } else { 5 });
         }
-        assert!(
-            SafeTensors::from_bytes(&entry("F32", "[0,18446744073709551615]", "[8,8]")).is_ok()
-        );
+        assert!(SafeTensors::from_bytes(&entry("F32", "[0,18446744073709551615]", "[8,8]")).is_ok());
     }
 
     #[test]

@@ -109,11 +109,7 @@ impl fmt::Display for TensorError {
                 }
             }
             TensorError::NotInteger { dtype } => {
-                write!(
-                    f,
-                    "found a tensor of {}, expected integers; convert it to I64 or I32",
-                    dtype.name()
-                )
+                write!(f, "found a tensor of {}, expected integers; convert it to I64 or I32", dtype.name())
             }
         }
     }

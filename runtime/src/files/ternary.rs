@@ -43,14 +43,7 @@ pub struct Ternary {
 ///
 /// # Panics
 /// When `w` does not have n * k entries, or when k or `group` is 0.
-pub fn ternarise(
-    w: &[f32],
-    n: usize,
-    k: usize,
-    group: usize,
-    ratio: f32,
-    mode: ScaleMode,
-) -> Ternary {
+pub fn ternarise(w: &[f32], n: usize, k: usize, group: usize, ratio: f32, mode: ScaleMode) -> Ternary {
     assert!(k > 0 && group > 0, "a ternary matrix has columns and a group size");
     assert_eq!(Some(w.len()), n.checked_mul(k), "latents have n * k entries");
     let group = if mode == ScaleMode::PerGroup { group } else { k };
@@ -63,13 +56,7 @@ pub fn ternarise(
     let groups = w.chunks_exact(k).flat_map(|row| row.chunks(group));
     for (weights, &scale) in groups.zip(&scales) {
         let threshold = ratio * scale;
-        codes.extend(
-            weights.iter().map(
-                |&v| {
-                    if v.abs() > threshold { if v > 0.0 { 1 } else { -1 } } else { 0 }
-                },
-            ),
-        );
+        codes.extend(weights.iter().map(|&v| if v.abs() > threshold { if v > 0.0 { 1 } else { -1 } } else { 0 }));
     }
     Ternary { codes, scales, group }
 }
@@ -178,14 +165,12 @@ mod tests {
         for case in 0..5 {
             let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden");
             let path = format!("{folder}/quant_{case}.safetensors");
-            let file =
-                SafeTensors::open(Path::new(&path)).expect("the committed golden file opens");
+            let file = SafeTensors::open(Path::new(&path)).expect("the committed golden file opens");
             let w = file.require("in.W").expect("latents");
             let &[n, k] = w.shape() else { panic!("a matrix") };
             let w = w.to_f32();
             for (name, mode) in modes {
-                let golden =
-                    |suffix: &str| file.require(&format!("exact.{name}.{suffix}")).expect("golden");
+                let golden = |suffix: &str| file.require(&format!("exact.{name}.{suffix}")).expect("golden");
                 for (ratio, codes) in [(0.5, "q"), (0.7, "q_ratio_0.7")] {
                     let found = ternarise(&w, n, k, 128, ratio, mode);
                     let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();

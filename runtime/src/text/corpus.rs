@@ -18,11 +18,7 @@ mod tests {
     fn the_corpus_is_there_and_bounded() {
         let documents = documents();
         let bytes: usize = documents.iter().map(|d| d.len()).sum();
-        assert!(
-            documents.len() > 5 && bytes > 20_000 && bytes <= 600_000,
-            "{} of {bytes}",
-            documents.len()
-        );
+        assert!(documents.len() > 5 && bytes > 20_000 && bytes <= 600_000, "{} of {bytes}", documents.len());
         assert!(documents.iter().all(|d| !d.trim().is_empty()));
         assert!(documents.iter().any(|d| d.contains("pub fn")));
     }

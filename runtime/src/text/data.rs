@@ -70,21 +70,14 @@ pub fn tokenise(
     for source in sources {
         let mut documents = Vec::with_capacity(source.documents.len());
         for (i, bytes) in source.documents.iter().enumerate() {
-            let ids = vocab
-                .encode_bytes(bytes, &mut |here| progress(done + here as u64, total))
-                .map_err(|error| {
-                    let offset = error.valid_up_to();
-                    let name = match source.documents.len() {
-                        1 => source.name.clone(),
-                        _ => format!("{}: document {}", source.name, i + 1),
-                    };
-                    TextError::NotUtf8 {
-                        source: name,
-                        line: line_of(bytes, offset),
-                        offset,
-                        vocab: vocab.name(),
-                    }
-                })?;
+            let ids = vocab.encode_bytes(bytes, &mut |here| progress(done + here as u64, total)).map_err(|error| {
+                let offset = error.valid_up_to();
+                let name = match source.documents.len() {
+                    1 => source.name.clone(),
+                    _ => format!("{}: document {}", source.name, i + 1),
+                };
+                TextError::NotUtf8 { source: name, line: line_of(bytes, offset), offset, vocab: vocab.name() }
+            })?;
             done += bytes.len() as u64;
             documents.push(ids);
         }
@@ -108,8 +101,7 @@ pub fn prepare(
     if *spec != VocabSpec::Restricted {
         return Ok((vocab, tokens));
     }
-    let vocab =
-        Vocab::restricted(tokens.iter().flat_map(|s| s.documents.iter().flatten().copied()));
+    let vocab = Vocab::restricted(tokens.iter().flat_map(|s| s.documents.iter().flatten().copied()));
     for document in tokens.iter_mut().flat_map(|s| &mut s.documents) {
         *document = vocab.narrow(document);
     }
@@ -182,18 +174,14 @@ mod tests {
 
     #[test]
     fn prepare_serves_every_vocabulary_and_reports_progress() {
-        let data =
-            [source("x", &["the cat – the cat".as_bytes(), b"a dog"]), source("y", &[b"the dog"])];
+        let data = [source("x", &["the cat – the cat".as_bytes(), b"a dog"]), source("y", &[b"the dog"])];
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("v");
         Vocab::restricted(Vocab::o200k().encode("the cat")).save(&path).unwrap();
         let total: usize = data.iter().flat_map(|s| &s.documents).map(Vec::len).sum();
-        for spec in
-            [VocabSpec::Bytes, VocabSpec::O200k, VocabSpec::Restricted, VocabSpec::File(path)]
-        {
+        for spec in [VocabSpec::Bytes, VocabSpec::O200k, VocabSpec::Restricted, VocabSpec::File(path)] {
             let mut calls = Vec::new();
-            let (vocab, tokens) =
-                prepare(&spec, &data, &mut |done, all| calls.push((done, all))).unwrap();
+            let (vocab, tokens) = prepare(&spec, &data, &mut |done, all| calls.push((done, all))).unwrap();
             assert!(calls.is_sorted() && calls.last() == Some(&(total as u64, total as u64)));
             for (raw, coded) in data.iter().zip(&tokens) {
                 assert_eq!(raw.name, coded.name);
@@ -210,10 +198,7 @@ mod tests {
     #[test]
     fn held_out_part_is_the_end_of_each_source() {
         let one = TokenSource { name: "a".into(), documents: vec![(0..100).collect()] };
-        let many = TokenSource {
-            name: "b".into(),
-            documents: vec![vec![1; 50], vec![2; 30], vec![3; 20], vec![]],
-        };
+        let many = TokenSource { name: "b".into(), documents: vec![vec![1; 50], vec![2; 30], vec![3; 20], vec![]] };
         let parts = split(vec![one.clone(), many.clone()], 0.25).unwrap();
         assert_eq!(parts.train, [(0..75).collect(), vec![1; 50]]);
         assert_eq!(parts.validation, [(75..100).collect(), vec![2; 30], vec![3; 20], vec![]]);
@@ -221,14 +206,8 @@ mod tests {
         let most = split(vec![one, many], 0.999).unwrap();
         assert_eq!(most.train, [vec![0], vec![1; 50]]);
         let none = TokenSource { name: "c".into(), documents: vec![vec![7], vec![8]] };
-        assert_eq!(
-            split(vec![none], 0.0).unwrap(),
-            Split { train: vec![vec![7], vec![8]], validation: vec![] }
-        );
-        assert_eq!(
-            split(vec![TokenSource { name: "d".into(), documents: vec![] }], 0.5).unwrap(),
-            Split::default()
-        );
+        assert_eq!(split(vec![none], 0.0).unwrap(), Split { train: vec![vec![7], vec![8]], validation: vec![] });
+        assert_eq!(split(vec![TokenSource { name: "d".into(), documents: vec![] }], 0.5).unwrap(), Split::default());
         for bad in [1.0, -0.1, f64::NAN] {
             assert!(split(vec![], bad).unwrap_err().to_string().contains("from 0 to below 1"));
         }

@@ -42,11 +42,7 @@ impl LossTally {
 
 /// Bytes that the counted labels stand for.
 fn label_bytes(vocab: &Vocab, labels: &[i32]) -> u64 {
-    labels
-        .iter()
-        .filter(|&&label| label != IGNORE)
-        .map(|&label| vocab.bytes_of(label as u32) as u64)
-        .sum()
+    labels.iter().filter(|&&label| label != IGNORE).map(|&label| vocab.bytes_of(label as u32) as u64).sum()
 }
 
 /// Entropy of single tokens in `tokens` (a [`super::TokenStream::tokens`]) in bits per byte: the best that a model without
@@ -72,8 +68,7 @@ mod tests {
     #[test]
     fn tally_weights_batches_by_their_labels() {
         let vocab = Vocab::bytes();
-        let stream =
-            TokenStream::new(&[vocab.encode("abcde"), vocab.encode("xy")], vocab.end_of_document());
+        let stream = TokenStream::new(&[vocab.encode("abcde"), vocab.encode("xy")], vocab.end_of_document());
         let mut tally = LossTally::default();
         assert_eq!((tally.nats_per_token(), tally.bits_per_byte()), (None, None));
         for first in 0..stream.measured_rows(3) {

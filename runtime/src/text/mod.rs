@@ -85,11 +85,7 @@ impl fmt::Display for TextError {
                 write!(f, "{}: cannot {doing}: {error}", path.display())
             }
             Self::NotAFile { path, directory: true } => {
-                write!(
-                    f,
-                    "{}: is a directory, expected a text file; name the files in it",
-                    path.display()
-                )
+                write!(f, "{}: is a directory, expected a text file; name the files in it", path.display())
             }
             Self::NotAFile { path, directory: false } => {
                 write!(f, "{}: is not a regular file, expected a text file", path.display())

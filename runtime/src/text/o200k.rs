@@ -32,8 +32,7 @@ struct Tables {
 fn tables() -> &'static Tables {
     static TABLES: OnceLock<Tables> = OnceLock::new();
     TABLES.get_or_init(|| {
-        let tokenizer = splintr::from_pretrained("o200k_base")
-            .expect("the embedded o200k ranks are well formed");
+        let tokenizer = splintr::from_pretrained("o200k_base").expect("the embedded o200k ranks are well formed");
         let mut byte_ids = [u32::MAX; 256];
         for (id, bytes) in bpe(&tokenizer).decoder().iter() {
             if let ([byte], true) = (bytes, id < TEXT) {
@@ -110,18 +109,15 @@ mod tests {
 
     #[test]
     fn pieces_tokenise_as_the_whole() {
-        let unit = "Fn main() {\n    let x = 1;\n}\n\nWord's end!\n/ path\n\r\n  'Quoted' text…\nÄther 12345 \n \nnext\n";
+        let unit =
+            "Fn main() {\n    let x = 1;\n}\n\nWord's end!\n/ path\n\r\n  'Quoted' text…\nÄther 12345 \n \nnext\n";
         let text = unit.repeat(40);
         let whole = encode(&text);
         for target in [1, 7, 64, 1000] {
             let parts = pieces(&text, target);
             assert!(parts.len() > 2, "the text has places to cut");
             assert_eq!(parts.concat(), text);
-            assert_eq!(
-                parts.iter().flat_map(|p| encode(p)).collect::<Vec<_>>(),
-                whole,
-                "target {target}"
-            );
+            assert_eq!(parts.iter().flat_map(|p| encode(p)).collect::<Vec<_>>(), whole, "target {target}");
         }
         let mut last = 0;
         assert_eq!(encode_long(&text, &mut |done| last = done), whole);

@@ -59,8 +59,7 @@ mod tests {
         assert_ne!(order(50, 1, 0), order(50, 2, 0));
         let stays = order(1000, 3, 0).iter().enumerate().filter(|&(i, &x)| i as u64 == x).count();
         assert!(stays < 10, "{stays} of 1000 rows keep their place");
-        let orders: std::collections::BTreeSet<_> =
-            (0..600).map(|epoch| order(4, 5, epoch)).collect();
+        let orders: std::collections::BTreeSet<_> = (0..600).map(|epoch| order(4, 5, epoch)).collect();
         assert_eq!(orders.len(), 24, "all orders of four rows occur");
     }
 

@@ -39,8 +39,7 @@ impl TokenStream {
     /// Joins documents, empty ones included.
     pub fn new(documents: &[Vec<u32>], end_of_document: u32) -> Self {
         let total = documents.iter().map(|d| d.len() + 1).sum();
-        let (mut tokens, mut ends) =
-            (Vec::with_capacity(total), Vec::with_capacity(documents.len()));
+        let (mut tokens, mut ends) = (Vec::with_capacity(total), Vec::with_capacity(documents.len()));
         for document in documents {
             tokens.extend_from_slice(document);
             ends.push(tokens.len());
@@ -176,8 +175,7 @@ mod tests {
             closing.push(true);
             seg.push(i as i32);
         }
-        let mut labels: Vec<i32> =
-            (1..tokens.len()).map(|t| if closing[t - 1] { IGNORE } else { tokens[t] }).collect();
+        let mut labels: Vec<i32> = (1..tokens.len()).map(|t| if closing[t - 1] { IGNORE } else { tokens[t] }).collect();
         let n = labels.len() / seq * seq;
         [&mut tokens, &mut labels, &mut seg].iter_mut().for_each(|z| z.truncate(n));
         [tokens, labels, seg]
@@ -185,8 +183,7 @@ mod tests {
 
     #[test]
     fn packing_matches_the_golden_file() {
-        let path =
-            concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden/schedules.safetensors");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden/schedules.safetensors");
         let bytes = std::fs::read(path).unwrap();
         let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
@@ -196,10 +193,7 @@ mod tests {
         let expected = |name: &str| -> Vec<i32> {
             let offsets = &header[name]["data_offsets"];
             let at = |i: usize| 8 + header_len + offsets[i].as_u64().unwrap() as usize;
-            bytes[at(0)..at(1)]
-                .chunks_exact(8)
-                .map(|w| i64::from_le_bytes(w.try_into().unwrap()) as i32)
-                .collect()
+            bytes[at(0)..at(1)].chunks_exact(8).map(|w| i64::from_le_bytes(w.try_into().unwrap()) as i32).collect()
         };
         let stream = TokenStream::new(&documents, 2);
         assert_eq!(stream.rows(6), 2);
@@ -211,30 +205,21 @@ mod tests {
 
     #[test]
     fn packing_matches_the_naive_one_at_every_length() {
-        let documents: Vec<Vec<u32>> =
-            vec![vec![], vec![1], vec![2; 17], vec![], vec![], (3..9).collect()];
+        let documents: Vec<Vec<u32>> = vec![vec![], vec![1], vec![2; 17], vec![], vec![], (3..9).collect()];
         let stream = TokenStream::new(&documents, 77);
         for seq in 1..40 {
             let [tokens, labels, seg] = naive(&documents, seq, 77);
             let rows = stream.rows(seq);
             let packed = stream.measure(0..rows, rows, seq);
-            assert_eq!(
-                (packed.tokens, packed.labels, packed.seg),
-                (tokens, labels, seg),
-                "seq {seq}"
-            );
+            assert_eq!((packed.tokens, packed.labels, packed.seg), (tokens, labels, seg), "seq {seq}");
         }
-        assert_eq!(
-            (TokenStream::new(&[], 7).rows(4), TokenStream::new(&[], 7).measured_rows(4)),
-            (0, 0)
-        );
+        assert_eq!((TokenStream::new(&[], 7).rows(4), TokenStream::new(&[], 7).measured_rows(4)), (0, 0));
     }
 
     #[test]
     fn measuring_covers_every_label_once() {
         let stream = stream();
-        let whole =
-            naive(&(0..9u32).map(|d| (d * 10..d * 10 + d).collect()).collect::<Vec<_>>(), 1, 999);
+        let whole = naive(&(0..9u32).map(|d| (d * 10..d * 10 + d).collect()).collect::<Vec<_>>(), 1, 999);
         let all: Vec<i32> = whole[1].iter().copied().filter(|&l| l != IGNORE).collect();
         for (seq, batch) in [(4, 3), (7, 2), (100, 1), (1, 5)] {
             let rows = stream.measured_rows(seq);
@@ -264,8 +249,7 @@ mod tests {
         let rows = batches.stream().rows(5);
         assert_eq!(take(&[1; 24]), take(&[7, 7, 7, 3]));
         assert!(24 > 2 * rows, "the batches run over the end of an epoch");
-        let mut epoch: Vec<usize> =
-            (0..rows).map(|p| batches.row_at((rows + p) as u64, 5).unwrap()).collect();
+        let mut epoch: Vec<usize> = (0..rows).map(|p| batches.row_at((rows + p) as u64, 5).unwrap()).collect();
         epoch.sort_unstable();
         assert_eq!(epoch, (0..rows).collect::<Vec<_>>());
         let (resumed, _) = batches.next(20, 4, 5).unwrap();

@@ -105,12 +105,7 @@ impl Sampler {
             true => Ok(()),
             false => Err(SampleError::BadSetting { name, found, expected }),
         };
-        check(
-            temperature.is_finite() && temperature >= 0.0,
-            "temperature",
-            temperature.into(),
-            "0 or more",
-        )?;
+        check(temperature.is_finite() && temperature >= 0.0, "temperature", temperature.into(), "0 or more")?;
         check(top_k != Some(0), "top-k", 0.0, "1 or more")?;
         check(top_p > 0.0 && top_p <= 1.0, "top-p", top_p.into(), "a number above 0, at most 1")?;
         let fine = repetition_penalty.is_finite() && repetition_penalty > 0.0;
@@ -120,16 +115,9 @@ impl Sampler {
 
     /// Draws from `logits` `[vocabulary]`, where minus infinity masks a token. `context` holds the tokens that the
     /// repetition penalty looks at; `uniform` lies in `[0, 1)`.
-    pub fn draw(
-        &mut self,
-        logits: &[f32],
-        context: &[u32],
-        uniform: f32,
-    ) -> Result<u32, SampleError> {
+    pub fn draw(&mut self, logits: &[f32], context: &[u32], uniform: f32) -> Result<u32, SampleError> {
         assert!((0.0..1.0).contains(&uniform), "the uniform number lies in [0, 1)");
-        if let Some((id, &value)) =
-            logits.iter().enumerate().find(|(_, z)| z.is_nan() || **z == f32::INFINITY)
-        {
+        if let Some((id, &value)) = logits.iter().enumerate().find(|(_, z)| z.is_nan() || **z == f32::INFINITY) {
             return Err(SampleError::BadLogit { id, value });
         }
         self.scores.clear();

@@ -16,10 +16,8 @@ fn naive(s: Sampling, logits: &[f32], context: &[u32], uniform: f32) -> u32 {
     }
     all.truncate(s.top_k.unwrap_or(usize::MAX));
     let top = f64::from(all[0].1);
-    let mut weighted: Vec<(u32, f64)> = all
-        .iter()
-        .map(|&(id, z)| (id, ((f64::from(z) - top) / f64::from(s.temperature)).exp()))
-        .collect();
+    let mut weighted: Vec<(u32, f64)> =
+        all.iter().map(|&(id, z)| (id, ((f64::from(z) - top) / f64::from(s.temperature)).exp())).collect();
     let mut by_id = weighted.clone();
     by_id.sort_by_key(|c| c.0);
     let total: f64 = by_id.iter().map(|c| c.1).sum();
@@ -48,8 +46,7 @@ struct Noise(u64);
 
 impl Noise {
     fn next(&mut self) -> f32 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f32 / (1u64 << 24) as f32
     }
 }
@@ -66,24 +63,13 @@ fn agrees_with_the_full_sort() {
                     let mut sampler = Sampler::new(settings).unwrap();
                     // Coarse values give ties; every fifth token but the first is masked.
                     let logits: Vec<f32> = (0..size)
-                        .map(|i| {
-                            if i % 5 == 4 {
-                                f32::NEG_INFINITY
-                            } else {
-                                (noise.next() * 40.0).floor() / 2.0 - 9.0
-                            }
-                        })
+                        .map(|i| if i % 5 == 4 { f32::NEG_INFINITY } else { (noise.next() * 40.0).floor() / 2.0 - 9.0 })
                         .collect();
-                    let context: Vec<u32> =
-                        (0..6).map(|_| (noise.next() * size as f32) as u32).collect();
+                    let context: Vec<u32> = (0..6).map(|_| (noise.next() * size as f32) as u32).collect();
                     for _ in 0..3 {
                         let u = noise.next();
                         let drawn = sampler.draw(&logits, &context, u).unwrap();
-                        assert_eq!(
-                            drawn,
-                            naive(settings, &logits, &context, u),
-                            "{size} {settings:?} {u}"
-                        );
+                        assert_eq!(drawn, naive(settings, &logits, &context, u), "{size} {settings:?} {u}");
                         assert!(logits[drawn as usize] > f32::NEG_INFINITY);
                         cases += 1;
                     }
@@ -102,10 +88,7 @@ fn large_flat_vocabulary_agrees_with_the_full_sort() {
     let mut sampler = Sampler::new(settings).unwrap();
     for _ in 0..3 {
         let u = noise.next();
-        assert_eq!(
-            sampler.draw(&logits, &[1, 2, 2], u).unwrap(),
-            naive(settings, &logits, &[1, 2], u)
-        );
+        assert_eq!(sampler.draw(&logits, &[1, 2, 2], u).unwrap(), naive(settings, &logits, &[1, 2], u));
     }
 }
 
@@ -129,40 +112,16 @@ fn rules_in_detail() {
     let with = |temperature, top_k, top_p, repetition_penalty| {
         Sampler::new(Sampling { temperature, top_k, top_p, repetition_penalty }).unwrap()
     };
-    assert_eq!(
-        with(0.0, None, 1.0, 1.0).draw(&[1.0, 3.0, 3.0, -1.0], &[], 0.9),
-        Ok(1),
-        "lowest id on ties"
-    );
-    assert_eq!(
-        with(0.0, None, 1.0, 2.0).draw(&[2.0, 1.5], &[0, 0, 0], 0.0),
-        Ok(1),
-        "positive logits are divided"
-    );
-    assert_eq!(
-        with(0.0, None, 1.0, 2.0).draw(&[2.0, 1.5], &[0, 0, 1], 0.0),
-        Ok(0),
-        "once per distinct token"
-    );
-    assert_eq!(
-        with(0.0, None, 1.0, 2.0).draw(&[-1.0, -1.5], &[0], 0.0),
-        Ok(1),
-        "negative logits are multiplied"
-    );
-    assert_eq!(
-        with(1.0, None, 1e-9, 1.0).draw(&[0.0, 5.0, 1.0], &[], 0.999),
-        Ok(1),
-        "top-p keeps at least one"
-    );
+    assert_eq!(with(0.0, None, 1.0, 1.0).draw(&[1.0, 3.0, 3.0, -1.0], &[], 0.9), Ok(1), "lowest id on ties");
+    assert_eq!(with(0.0, None, 1.0, 2.0).draw(&[2.0, 1.5], &[0, 0, 0], 0.0), Ok(1), "positive logits are divided");
+    assert_eq!(with(0.0, None, 1.0, 2.0).draw(&[2.0, 1.5], &[0, 0, 1], 0.0), Ok(0), "once per distinct token");
+    assert_eq!(with(0.0, None, 1.0, 2.0).draw(&[-1.0, -1.5], &[0], 0.0), Ok(1), "negative logits are multiplied");
+    assert_eq!(with(1.0, None, 1e-9, 1.0).draw(&[0.0, 5.0, 1.0], &[], 0.999), Ok(1), "top-p keeps at least one");
     assert_eq!(with(1.0, Some(1), 1.0, 1.0).draw(&[4.0, 4.0], &[], 0.999), Ok(0), "top-k ties");
     // Probabilities one half each: a prefix of exactly the half suffices, the crossing token is kept.
     assert_eq!(with(1.0, None, 0.5, 1.0).draw(&[0.0, 0.0], &[], 0.999), Ok(0));
     assert_eq!(with(1.0, None, 0.5001, 1.0).draw(&[0.0, 0.0], &[], 0.999), Ok(1));
-    assert_eq!(
-        with(1e-30, None, 1.0, 1.0).draw(&[0.0, 1.0, 0.5], &[], 0.999),
-        Ok(1),
-        "tiny temperature"
-    );
+    assert_eq!(with(1e-30, None, 1.0, 1.0).draw(&[0.0, 1.0, 0.5], &[], 0.999), Ok(1), "tiny temperature");
 }
 
 #[test]
@@ -170,10 +129,7 @@ fn damaged_input_is_refused() {
     let mut sampler = Sampler::new(Sampling::default()).unwrap();
     let nan = sampler.draw(&[0.0, f32::NAN], &[], 0.5).unwrap_err();
     assert!(nan.to_string().starts_with("the logit of token 1 is NaN"), "{nan}");
-    assert!(matches!(
-        sampler.draw(&[f32::INFINITY], &[], 0.5),
-        Err(SampleError::BadLogit { id: 0, .. })
-    ));
+    assert!(matches!(sampler.draw(&[f32::INFINITY], &[], 0.5), Err(SampleError::BadLogit { id: 0, .. })));
     assert_eq!(sampler.draw(&[f32::NEG_INFINITY; 3], &[], 0.5), Err(SampleError::AllMasked));
     assert_eq!(sampler.draw(&[], &[], 0.5), Err(SampleError::AllMasked));
     assert_eq!(sampler.draw(&[0.0; 3], &[3], 0.5), Err(SampleError::BadContext { id: 3, size: 3 }));

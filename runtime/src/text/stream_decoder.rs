@@ -81,8 +81,7 @@ mod tests {
             let bytes: Vec<u8> = (0..40)
                 .map(|_| {
                     state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    [b'a', 0xc3, 0xa4, 0xe2, 0x82, 0xac, 0xf0, 0x9f, 0x98, 0x80]
-                        [(state >> 16) as usize % 10]
+                    [b'a', 0xc3, 0xa4, 0xe2, 0x82, 0xac, 0xf0, 0x9f, 0x98, 0x80][(state >> 16) as usize % 10]
                 })
                 .collect();
             check(&bytes);

@@ -111,17 +111,11 @@ impl Vocab {
 
     /// Ids of raw bytes. Fails where a text vocabulary meets bytes that are not UTF-8; `bytes` takes anything.
     /// `progress` gets the number of bytes done.
-    pub fn encode_bytes(
-        &self,
-        bytes: &[u8],
-        progress: &mut dyn FnMut(usize),
-    ) -> Result<Vec<u32>, Utf8Error> {
+    pub fn encode_bytes(&self, bytes: &[u8], progress: &mut dyn FnMut(usize)) -> Result<Vec<u32>, Utf8Error> {
         let ids = match &self.0 {
             Kind::Bytes => bytes.iter().map(|&b| u32::from(b)).collect(),
             Kind::O200k => o200k::encode_long(std::str::from_utf8(bytes)?, progress),
-            Kind::Restricted(_) => {
-                self.narrow(&o200k::encode_long(std::str::from_utf8(bytes)?, progress))
-            }
+            Kind::Restricted(_) => self.narrow(&o200k::encode_long(std::str::from_utf8(bytes)?, progress)),
         };
         progress(bytes.len());
         Ok(ids)
@@ -135,9 +129,7 @@ impl Vocab {
         for &id in full {
             match dense(id) {
                 Some(i) => out.push(i),
-                None => {
-                    out.extend(o200k::bytes_of(id).iter().filter_map(|&b| dense(o200k::byte_id(b))))
-                }
+                None => out.extend(o200k::bytes_of(id).iter().filter_map(|&b| dense(o200k::byte_id(b)))),
             }
         }
         out
@@ -155,9 +147,7 @@ impl Vocab {
         match &self.0 {
             Kind::Bytes => usize::from(id < 256),
             Kind::O200k => o200k::bytes_of(id).len(),
-            Kind::Restricted(ids) => {
-                ids.get(id as usize).map_or(0, |&full| o200k::bytes_of(full).len())
-            }
+            Kind::Restricted(ids) => ids.get(id as usize).map_or(0, |&full| o200k::bytes_of(full).len()),
         }
     }
 
@@ -187,39 +177,27 @@ impl Vocab {
                 written.expect("writing to a string succeeds");
             }
             let sum = crc32c::crc32c(ranges.as_bytes());
-            write!(text, "tokens {}\ncrc32c {sum:08x}\n{ranges}", ids.len())
-                .expect("writing to a string succeeds");
+            write!(text, "tokens {}\ncrc32c {sum:08x}\n{ranges}", ids.len()).expect("writing to a string succeeds");
         }
         text
     }
 
     /// Reads what [`Vocab::to_text`] wrote.
     pub fn from_text(text: &str) -> Result<Self, TextError> {
-        parse(text).map_err(|(line, what)| TextError::BadVocab {
-            origin: "vocabulary".into(),
-            line,
-            what,
-        })
+        parse(text).map_err(|(line, what)| TextError::BadVocab { origin: "vocabulary".into(), line, what })
     }
 
     /// Reads a vocabulary file; at most 4 MiB are looked at.
     pub fn load(path: &Path) -> Result<Self, TextError> {
         let io = |error| TextError::Io { path: path.into(), doing: "read the vocabulary", error };
-        let bad =
-            |line, what| TextError::BadVocab { origin: path.display().to_string(), line, what };
+        let bad = |line, what| TextError::BadVocab { origin: path.display().to_string(), line, what };
         let mut bytes = Vec::new();
         File::open(path).map_err(io)?.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(io)?;
         if bytes.len() as u64 > MAX_FILE {
-            return Err(bad(
-                1,
-                format!("the file has more than {MAX_FILE} bytes, expected a saved vocabulary"),
-            ));
+            return Err(bad(1, format!("the file has more than {MAX_FILE} bytes, expected a saved vocabulary")));
         }
         let text = std::str::from_utf8(&bytes).map_err(|error| {
-            bad(
-                line_of(&bytes, error.valid_up_to()),
-                "not UTF-8, expected a saved vocabulary".into(),
-            )
+            bad(line_of(&bytes, error.valid_up_to()), "not UTF-8, expected a saved vocabulary".into())
         })?;
         parse(text).map_err(|(line, what)| bad(line, what))
     }
@@ -229,9 +207,7 @@ impl Vocab {
         let io = |error| TextError::Io { path: path.into(), doing: "write the vocabulary", error };
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
-        file.write_all(self.to_text().as_bytes())
-            .and_then(|()| file.as_file().sync_all())
-            .map_err(io)?;
+        file.write_all(self.to_text().as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(io)?;
         file.persist(path).map_err(|e| io(e.error))?;
         Ok(())
     }
@@ -265,32 +241,21 @@ fn parse(text: &str) -> Result<Vocab, (usize, String)> {
             let start = text.match_indices('\n').nth(3).map_or(text.len(), |(at, _)| at + 1);
             let actual = format!("{:08x}", crc32c::crc32c(&text.as_bytes()[start..]));
             if sum != actual {
-                return Err((
-                    sum_line,
-                    format!("found crc32c {:?}, the list of ids has {actual}", shorten(sum)),
-                ));
+                return Err((sum_line, format!("found crc32c {:?}, the list of ids has {actual}", shorten(sum))));
             }
             let ids = parse_ranges(&mut lines)?;
             if count.parse() != Ok(ids.len()) {
-                return Err((
-                    count_line,
-                    format!("found {:?} tokens, the list has {}", shorten(count), ids.len()),
-                ));
+                return Err((count_line, format!("found {:?} tokens, the list has {}", shorten(count), ids.len())));
             }
             Vocab(Kind::Restricted(ids.into()))
         }
         other => {
             let found = shorten(other);
-            return Err((
-                line,
-                format!("found kind {found:?}, expected bytes, o200k or o200k:restricted"),
-            ));
+            return Err((line, format!("found kind {found:?}, expected bytes, o200k or o200k:restricted")));
         }
     };
     match lines.next() {
-        Some((extra, line)) => {
-            Err((line, format!("found {:?}, expected the end of the file", shorten(extra))))
-        }
+        Some((extra, line)) => Err((line, format!("found {:?}, expected the end of the file", shorten(extra)))),
         None if !text.ends_with('\n') => {
             Err((text.lines().count(), "the last line has no end, expected a newline".into()))
         }
@@ -298,13 +263,10 @@ fn parse(text: &str) -> Result<Vocab, (usize, String)> {
     }
 }
 
-fn parse_ranges<'a>(
-    lines: &mut impl Iterator<Item = (&'a str, usize)>,
-) -> Result<Vec<u32>, (usize, String)> {
+fn parse_ranges<'a>(lines: &mut impl Iterator<Item = (&'a str, usize)>) -> Result<Vec<u32>, (usize, String)> {
     let (mut ids, mut last_line) = (Vec::<u32>::new(), 4);
     for (text, line) in lines {
-        let wrong =
-            |expected: &str| (line, format!("found {:?}, expected {expected}", shorten(text)));
+        let wrong = |expected: &str| (line, format!("found {:?}, expected {expected}", shorten(text)));
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let (Ok(first), Ok(last)) = (first.parse::<u32>(), last.parse::<u32>()) else {
             return Err(wrong("an id or a range such as 10-20"));
@@ -322,9 +284,7 @@ fn parse_ranges<'a>(
         return Err((last_line, "the last id is not 199999, expected the end of text".into()));
     }
     match (0..=255).map(o200k::byte_id).find(|id| ids.binary_search(id).is_err()) {
-        Some(id) => {
-            Err((last_line, format!("id {id} is missing, expected all 256 single-byte tokens")))
-        }
+        Some(id) => Err((last_line, format!("id {id} is missing, expected all 256 single-byte tokens"))),
         None => Ok(ids),
     }
 }

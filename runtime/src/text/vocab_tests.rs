@@ -9,8 +9,7 @@ fn small() -> Vocab {
 #[test]
 fn every_vocabulary_round_trips_every_text() {
     for vocab in [Vocab::bytes(), Vocab::o200k(), small()] {
-        for text in ["", "the cat", "Grüße, 世界 🜚\r\n\tend", "unseen hippopotamus\u{0}\u{7f}"]
-        {
+        for text in ["", "the cat", "Grüße, 世界 🜚\r\n\tend", "unseen hippopotamus\u{0}\u{7f}"] {
             let ids = vocab.encode(text);
             assert_eq!(vocab.decode(&ids), text.as_bytes(), "{}", vocab.name());
             assert_eq!(ids.iter().map(|&id| vocab.bytes_of(id)).sum::<usize>(), text.len());
@@ -73,10 +72,7 @@ fn damaged_files_are_refused_with_their_line() {
     let check = |content: &[u8], line: usize, what: &str| {
         std::fs::write(&path, content).unwrap();
         let message = Vocab::load(&path).unwrap_err().to_string();
-        assert!(
-            message.contains(&format!("v.txt: line {line}: ")) && message.contains(what),
-            "{message}"
-        );
+        assert!(message.contains(&format!("v.txt: line {line}: ")) && message.contains(what), "{message}");
     };
     let good = small().to_text();
     check(b"", 1, "expected \"chimera-vocab ...\"");
@@ -93,8 +89,7 @@ fn damaged_files_are_refused_with_their_line() {
     }
     let with = |ranges: &str| {
         let sum = crc32c::crc32c(ranges.as_bytes());
-        format!("chimera-vocab 1\nkind o200k:restricted\ntokens 257\ncrc32c {sum:08x}\n{ranges}")
-            .into_bytes()
+        format!("chimera-vocab 1\nkind o200k:restricted\ntokens 257\ncrc32c {sum:08x}\n{ranges}").into_bytes()
     };
     check(&with("0-300\n300-400\n199999\n"), 6, "ascending");
     check(&with("0-4294967295\n"), 5, "199998");

@@ -106,11 +106,15 @@ pub fn meta(file: &WeightFile) -> Result<Option<Meta>, TrainError> {
     match metadata.get(KEYS[0]) {
         None => return Ok(None),
         Some(format) if format != FORMAT => {
-            return Err(bad(format!("found a checkpoint of format {format:?}, expected {FORMAT:?}; use the program that wrote it")));
+            return Err(bad(format!(
+                "found a checkpoint of format {format:?}, expected {FORMAT:?}; use the program that wrote it"
+            )));
         }
         Some(_) => {}
     }
-    let text = |key: &str| metadata.get(key).cloned().ok_or_else(|| bad(format!("the metadata have no `{key}`; the file is damaged")));
+    let text = |key: &str| {
+        metadata.get(key).cloned().ok_or_else(|| bad(format!("the metadata have no `{key}`; the file is damaged")))
+    };
     let progress: Value = serde_json::from_str(&text("progress")?).unwrap_or_default();
     let number = |key: &str| progress.get(key).and_then(Value::as_u64);
     let (Some(step), Some(position)) = (number("step"), number("position")) else {
@@ -118,7 +122,13 @@ pub fn meta(file: &WeightFile) -> Result<Option<Meta>, TrainError> {
     };
     let float = |key: &str| progress.get(key).and_then(Value::as_f64);
     let progress = Progress { step, position, ema: float("ema"), seconds: float("seconds").unwrap_or(0.0) };
-    Ok(Some(Meta { config: text("config")?, vocab: text("vocab")?, options: text("options")?, data: text("data")?, progress }))
+    Ok(Some(Meta {
+        config: text("config")?,
+        vocab: text("vocab")?,
+        options: text("options")?,
+        data: text("data")?,
+        progress,
+    }))
 }
 
 /// Sets weights and optimizer memory of `exec` from a checkpoint.
@@ -138,7 +148,8 @@ mod tests {
     use chimera_ir::plan::{BufferDecl, Place, Plan, WeightDecl};
 
     fn executable() -> Executable {
-        let kinds = [("a.weight", WeightKind::Ternary), ("b", WeightKind::Vector), ("optim.momentum.b", WeightKind::Optimizer)];
+        let kinds =
+            [("a.weight", WeightKind::Ternary), ("b", WeightKind::Vector), ("optim.momentum.b", WeightKind::Optimizer)];
         let ty = Type::f32(&[2, 3]);
         let weight = |(name, kind): (&str, WeightKind)| WeightDecl { name: name.into(), ty: ty.clone(), kind };
         let buffer = |i: u32| BufferDecl { ty: ty.clone(), place: Place::Weight(i), name: format!("w{i}") };
@@ -210,6 +221,10 @@ mod tests {
         check(&[("a.weight", [2, 3], &good)], 1, "1 of 3 weights are missing: `b`");
         check(&[("a.weight", [2, 3], &good), ("b", [3, 2], &good)], 1, "`b` has shape [3, 2], expected [2, 3]");
         check(&[("a.weight", [2, 3], &good), ("b", [2, 3], &nan)], 5, "`b` has the value NaN at element 3");
-        check(&[("a.weight", [2, 3], &good), ("b", [2, 3], &good), ("c", [2, 3], &good)], 1, "no weights of this configuration: `c`");
+        check(
+            &[("a.weight", [2, 3], &good), ("b", [2, 3], &good), ("c", [2, 3], &good)],
+            1,
+            "no weights of this configuration: `c`",
+        );
     }
 }

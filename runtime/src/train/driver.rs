@@ -3,11 +3,11 @@
 //! Invariant: what a step does depends on the progress before it alone; stopping after any step and resuming from the checkpoint
 //! changes nothing.
 
+use super::TrainError;
 use super::checkpoint::{self, Meta};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
 use super::schedule::Schedule;
 use super::step::Trainer;
-use super::TrainError;
 use crate::text::{Batches, TokenStream, Vocab};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -37,7 +37,9 @@ pub struct Budget {
 impl Budget {
     /// The share of the run that is over, from 0 to 1, counted from behind the warm-up.
     fn over(&self, progress: &Progress, warmup: u64) -> f64 {
-        let steps = self.steps.map_or(0.0, |n| progress.step.saturating_sub(warmup) as f64 / n.saturating_sub(warmup).max(1) as f64);
+        let steps = self
+            .steps
+            .map_or(0.0, |n| progress.step.saturating_sub(warmup) as f64 / n.saturating_sub(warmup).max(1) as f64);
         steps.max(self.seconds.map_or(0.0, |s| progress.seconds / s)).min(1.0)
     }
 
@@ -188,7 +190,9 @@ impl Run<'_> {
         saved: &mut Option<u64>,
         hear: &mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
-        let Some(folder) = options.folder.as_deref().filter(|_| *saved != Some(self.progress.step)) else { return Ok(()) };
+        let Some(folder) = options.folder.as_deref().filter(|_| *saved != Some(self.progress.step)) else {
+            return Ok(());
+        };
         let meta = Meta { progress: self.progress, ..self.meta.clone() };
         let path = checkpoint::save(folder, self.trainer.exec(), &meta, options.keep)?;
         *saved = Some(self.progress.step);

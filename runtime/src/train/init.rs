@@ -90,7 +90,8 @@ fn is_convolution(name: &str) -> bool {
 pub fn initializer_range(plan: &Plan) -> Result<f64, TrainError> {
     let config: serde_json::Value = serde_json::from_str(&plan.config).unwrap_or_default();
     let range = config.get("initializer_range").and_then(serde_json::Value::as_f64);
-    range.ok_or_else(|| TrainError::Plan("its configuration has no number `initializer_range`; compile it again".into()))
+    range
+        .ok_or_else(|| TrainError::Plan("its configuration has no number `initializer_range`; compile it again".into()))
 }
 
 /// Give every weight of `exec` its initial value.

@@ -59,7 +59,9 @@ impl Schedule {
         }
         match self.decay {
             Decay::Constant => self.peak,
-            Decay::Cosine => self.peak * (self.floor + (1.0 - self.floor) * 0.5 * (1.0 + (PI * over.clamp(0.0, 1.0)).cos())),
+            Decay::Cosine => {
+                self.peak * (self.floor + (1.0 - self.floor) * 0.5 * (1.0 + (PI * over.clamp(0.0, 1.0)).cos()))
+            }
         }
     }
 }

@@ -116,7 +116,20 @@ impl Trainer {
         }
         let ports = plan.entry(UPDATE).map_or(&[][..], |e| &e.inputs);
         let loads = ports.iter().filter(|p| p.0.starts_with(LOAD)).map(|p| p.0.clone()).collect();
-        Ok(Trainer { exec, estimator, seed, dual, update, loss, rows, tokens, members, measured_rows, measured_tokens, loads })
+        Ok(Trainer {
+            exec,
+            estimator,
+            seed,
+            dual,
+            update,
+            loss,
+            rows,
+            tokens,
+            members,
+            measured_rows,
+            measured_tokens,
+            loads,
+        })
     }
 
     /// The executable, with the weights as the last step left them.
@@ -204,7 +217,8 @@ impl Trainer {
             let batch = stream.measure(first..(first + batch_rows).min(rows), batch_rows, tokens);
             set_batch(&mut self.exec, self.loss, &batch)?;
             self.exec.run_entry(self.loss)?;
-            let losses: Vec<f64> = self.exec.output::<f32>(self.loss, "losses")?.iter().map(|&x| f64::from(x)).collect();
+            let losses: Vec<f64> =
+                self.exec.output::<f32>(self.loss, "losses")?.iter().map(|&x| f64::from(x)).collect();
             tally.add(weighted(&losses, &counted(&batch)), &batch, vocab);
         }
         Ok(tally)
@@ -245,7 +259,9 @@ fn total_load(exec: &Executable, dual: EntryId, name: &str) -> Result<Vec<i32>, 
 
 fn input_type<'a>(plan: &'a Plan, entry: &str, name: &str) -> Result<&'a Type, TrainError> {
     let port = plan.entry(entry).and_then(|e| e.inputs.iter().find(|p| p.0 == name));
-    let port = port.ok_or_else(|| TrainError::Plan(format!("its entry point `{entry}` has no input `{name}`; compile it again")))?;
+    let port = port.ok_or_else(|| {
+        TrainError::Plan(format!("its entry point `{entry}` has no input `{name}`; compile it again"))
+    })?;
     Ok(&plan.buffer(port.1).ty)
 }
 
@@ -254,7 +270,9 @@ fn matrix(plan: &Plan, entry: &str, name: &str) -> Result<[usize; 2], TrainError
     let ty = input_type(plan, entry, name)?;
     match (&ty.dims[..], ty.dtype) {
         (&[rows, tokens], DType::I32) => Ok([rows, tokens]),
-        _ => Err(TrainError::Plan(format!("input `{name}` of `{entry}` is {ty}, expected i32[rows, tokens]; compile it again"))),
+        _ => Err(TrainError::Plan(format!(
+            "input `{name}` of `{entry}` is {ty}, expected i32[rows, tokens]; compile it again"
+        ))),
     }
 }
 

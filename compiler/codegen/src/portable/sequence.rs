@@ -26,6 +26,7 @@ impl Lower<'_, '_> {
         let mut left = trips;
         if self.worth_two(body) {
             let two = trips.map(|n| n / 2);
+            self.tight = self.tight.filter(|_| two != Some(1));
             let bound = match two {
                 Some(n) => self.further(at, 2 * n * step),
                 None => self.further(end, -step),
@@ -36,6 +37,7 @@ impl Lower<'_, '_> {
                 lower.block(body);
                 lower.forms[var.0 as usize] = None;
             });
+            self.tight = Some(var);
             at = self.behind(var, at, two.map(|n| 2 * n * step));
             left = trips.map(|n| n % 2);
         }

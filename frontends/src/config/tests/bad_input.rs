@@ -27,25 +27,10 @@ const CASES: &[(&str, Code, &str, &str)] = &[
     ("{\"rms_norm_eps\": 1e999}", Code::Range, "", "too large"),
     ("{\"hidden_size\": 1, \"hidden_size\": 2}", Code::Duplicate, "hidden_size", "occurs twice"),
     ("{\"hiden_size\": 64}", Code::UnknownKey, "hiden_size", "help: did you mean `hidden_size`?"),
-    (
-        "{\"titans\": {\"cores\": \"swa\"}}",
-        Code::UnknownKey,
-        "titans.cores",
-        "did you mean `core`?",
-    ),
-    (
-        "{\"layer_pattern\": \"GD\"}",
-        Code::UnknownKey,
-        "layer_pattern",
-        "`backbone.layer_pattern` is a key",
-    ),
+    ("{\"titans\": {\"cores\": \"swa\"}}", Code::UnknownKey, "titans.cores", "did you mean `core`?"),
+    ("{\"layer_pattern\": \"GD\"}", Code::UnknownKey, "layer_pattern", "`backbone.layer_pattern` is a key"),
     ("{\"completely_else\": 1}", Code::UnknownKey, "completely_else", "_note"),
-    (
-        "{\"training\": {\"phases\": [{\"nam\": \"x\"}]}}",
-        Code::UnknownKey,
-        "training.phases.0.nam",
-        "`name`",
-    ),
+    ("{\"training\": {\"phases\": [{\"nam\": \"x\"}]}}", Code::UnknownKey, "training.phases.0.nam", "`name`"),
     ("{\"hidden_size\": \"64\"}", Code::Type, "hidden_size", "an integer from 1 to 65536"),
     ("{\"hidden_size\": 64.5}", Code::Type, "hidden_size", "an integer"),
     ("{\"hidden_size\": null}", Code::Type, "hidden_size", "is null"),
@@ -60,34 +45,14 @@ const CASES: &[(&str, Code, &str, &str)] = &[
     ("{\"vocab_size\": 99999999999999999999999}", Code::Range, "vocab_size", "4194304"),
     ("{\"num_hidden_layers\": 5000}", Code::Range, "num_hidden_layers", "1024"),
     ("{\"looping\": {\"prelude\": [0, 1, 2]}}", Code::Range, "looping.prelude", "a list of 2"),
-    (
-        "{\"backbone\": {\"moe\": {\"layers\": [3, -1]}}}",
-        Code::Range,
-        "backbone.moe.layers.1",
-        "0 to 1023",
-    ),
+    ("{\"backbone\": {\"moe\": {\"layers\": [3, -1]}}}", Code::Range, "backbone.moe.layers.1", "0 to 1023"),
     ("{\"titans\": {\"core\": \"swaa\"}}", Code::Word, "titans.core", "did you mean \"swa\"?"),
-    (
-        "{\"titans\": {\"core\": \"legacy_v51\"}}",
-        Code::Unsupported,
-        "titans.core",
-        "not implemented",
-    ),
-    (
-        "{\"titans\": {\"step_rule\": \"normalized\"}}",
-        Code::Word,
-        "titans.step_rule",
-        "\"normalised\"?",
-    ),
+    ("{\"titans\": {\"core\": \"legacy_v51\"}}", Code::Unsupported, "titans.core", "not implemented"),
+    ("{\"titans\": {\"step_rule\": \"normalized\"}}", Code::Word, "titans.step_rule", "\"normalised\"?"),
     ("{\"hidden_act\": \"gelu\"}", Code::Unsupported, "hidden_act", "\"swiglu\""),
     ("{\"hidden_act\": \"tanhish\"}", Code::Word, "hidden_act", "\"swiglu\""),
     ("{\"tie_word_embeddings\": false}", Code::Unsupported, "tie_word_embeddings", "true"),
-    (
-        "{\"byte_level\": {\"enabled\": true}}",
-        Code::Unsupported,
-        "byte_level.enabled",
-        "not implemented",
-    ),
+    ("{\"byte_level\": {\"enabled\": true}}", Code::Unsupported, "byte_level.enabled", "not implemented"),
     (
         "{\"quantization\": {\"sherry_mode\": {\"enabled\": true}}}",
         Code::Unsupported,
@@ -100,42 +65,22 @@ const CASES: &[(&str, Code, &str, &str)] = &[
         "quantization.hgf_correction.enabled",
         "false",
     ),
-    (
-        "{\"quantization\": {\"weight_scale\": \"max\"}}",
-        Code::Word,
-        "quantization.weight_scale",
-        "absmean_per_row",
-    ),
+    ("{\"quantization\": {\"weight_scale\": \"max\"}}", Code::Word, "quantization.weight_scale", "absmean_per_row"),
     (
         "{\"quantization\": {\"weight_values\": [-1, 0, 2]}}",
         Code::Unsupported,
         "quantization.weight_values",
         "[-1,0,1]",
     ),
-    (
-        "{\"quantization\": {\"group_size\": 100}}",
-        Code::Dimensions,
-        "quantization.group_size",
-        "multiple",
-    ),
+    ("{\"quantization\": {\"group_size\": 100}}", Code::Dimensions, "quantization.group_size", "multiple"),
     (
         "{\"quantization\": {\"activation_block_size\": 48}}",
         Code::Dimensions,
         "quantization.activation_block_size",
         "multiple",
     ),
-    (
-        "{\"backbone\": {\"layer_pattern\": \"\"}}",
-        Code::Dimensions,
-        "backbone.layer_pattern",
-        "empty",
-    ),
-    (
-        "{\"backbone\": {\"layer_pattern\": \"GD XN\"}}",
-        Code::Word,
-        "backbone.layer_pattern",
-        "did you mean `XM`?",
-    ),
+    ("{\"backbone\": {\"layer_pattern\": \"\"}}", Code::Dimensions, "backbone.layer_pattern", "empty"),
+    ("{\"backbone\": {\"layer_pattern\": \"GD XN\"}}", Code::Word, "backbone.layer_pattern", "did you mean `XM`?"),
     (
         "{\"backbone\": {\"layer_pattern_repeat\": 3}}",
         Code::Dimensions,
@@ -148,24 +93,9 @@ const CASES: &[(&str, Code, &str, &str)] = &[
         "backbone.layer_counts.GD",
         "the pattern gives 14",
     ),
-    (
-        "{\"backbone\": {\"layer_counts\": {\"GD\": 14}}}",
-        Code::Dimensions,
-        "backbone.layer_counts",
-        "gives 7",
-    ),
-    (
-        "{\"backbone\": {\"moe\": {\"layers\": [28]}}}",
-        Code::Dimensions,
-        "backbone.moe.layers",
-        "does not exist",
-    ),
-    (
-        "{\"backbone\": {\"moe\": {\"layers\": [3, 3]}}}",
-        Code::Dimensions,
-        "backbone.moe.layers",
-        "twice",
-    ),
+    ("{\"backbone\": {\"layer_counts\": {\"GD\": 14}}}", Code::Dimensions, "backbone.layer_counts", "gives 7"),
+    ("{\"backbone\": {\"moe\": {\"layers\": [28]}}}", Code::Dimensions, "backbone.moe.layers", "does not exist"),
+    ("{\"backbone\": {\"moe\": {\"layers\": [3, 3]}}}", Code::Dimensions, "backbone.moe.layers", "twice"),
     (
         "{\"backbone\": {\"moe\": {\"num_experts_per_tok\": 17}}}",
         Code::Dimensions,
@@ -174,12 +104,7 @@ const CASES: &[(&str, Code, &str, &str)] = &[
     ),
     ("{\"head_dim\": 63}", Code::Dimensions, "head_dim", "an even number"),
     ("{\"num_heads\": 4096, \"head_dim\": 1024}", Code::Dimensions, "num_heads", "at most 262144"),
-    (
-        "{\"gated_deltanet\": {\"state_size\": 32}}",
-        Code::Dimensions,
-        "gated_deltanet.state_size",
-        "head_dim is 64",
-    ),
+    ("{\"gated_deltanet\": {\"state_size\": 32}}", Code::Dimensions, "gated_deltanet.state_size", "head_dim is 64"),
     (
         "{\"head_dim\": 32, \"xlstm\": {\"memory_size_per_head\": [64, 64]}}",
         Code::Dimensions,
@@ -189,34 +114,14 @@ const CASES: &[(&str, Code, &str, &str)] = &[
     ("{\"looping\": {\"prelude\": [1, 3]}}", Code::Dimensions, "looping.prelude", "layer 0"),
     ("{\"looping\": {\"loop\": [5, 23]}}", Code::Dimensions, "looping.loop", "continue at layer 4"),
     ("{\"looping\": {\"loop\": [4, 3]}}", Code::Dimensions, "looping.loop", "does not continue"),
-    (
-        "{\"looping\": {\"coda\": [24, 26]}}",
-        Code::Dimensions,
-        "looping.coda",
-        "the last layer is 27",
-    ),
+    ("{\"looping\": {\"coda\": [24, 26]}}", Code::Dimensions, "looping.coda", "the last layer is 27"),
     ("{\"looping\": {\"coda\": [24, 28]}}", Code::Dimensions, "looping.coda", "0 to 27"),
     ("{\"looping\": {\"loop_default\": 7}}", Code::Dimensions, "looping.loop_default", "1 to 6"),
     ("{\"looping\": {\"loop_range\": [3, 1]}}", Code::Dimensions, "looping.loop_range", "3 to 1"),
-    (
-        "{\"num_hidden_layers\": 2}",
-        Code::Dimensions,
-        "num_hidden_layers",
-        "set looping.enabled to false",
-    ),
-    (
-        "{\"semantic_memory\": {\"vector_bits\": 5000}}",
-        Code::Dimensions,
-        "semantic_memory.vector_bits",
-        "4096",
-    ),
+    ("{\"num_hidden_layers\": 2}", Code::Dimensions, "num_hidden_layers", "set looping.enabled to false"),
+    ("{\"semantic_memory\": {\"vector_bits\": 5000}}", Code::Dimensions, "semantic_memory.vector_bits", "4096"),
     ("{\"hidden_size\": 10000}", Code::Dimensions, "hidden_size", "power of two times 16384"),
-    (
-        "{\"vocab_size\": 100, \"token_ids\": [99, 100]}",
-        Code::Dimensions,
-        "token_ids",
-        "token 100 is outside",
-    ),
+    ("{\"vocab_size\": 100, \"token_ids\": [99, 100]}", Code::Dimensions, "token_ids", "token 100 is outside"),
     (
         "{\"hidden_size\":65536,\"semantic_memory\":{\"vector_bits\":65536},\"num_hidden_layers\":1024,\
          \"backbone\":{\"moe\":{\"n_routed_experts\":1024,\"moe_intermediate_size\":262144}}}",
@@ -232,10 +137,7 @@ fn bad_documents_say_what_is_wrong_and_where() {
         let error = from(text).err().unwrap_or_else(|| panic!("{text} was accepted"));
         let printed = error.to_string();
         assert_eq!((error.code, error.key_path.as_str()), (*code, *path), "{text}\n{printed}");
-        assert!(
-            printed.to_lowercase().contains(&part.to_lowercase()),
-            "{text}\n{printed}\nlacks {part}"
-        );
+        assert!(printed.to_lowercase().contains(&part.to_lowercase()), "{text}\n{printed}\nlacks {part}");
         assert!(error.place.is_some(), "{text}\n{printed}");
         let first = error.message.chars().next().unwrap();
         assert!(!first.is_uppercase() && !error.message.ends_with('.'), "{printed}");

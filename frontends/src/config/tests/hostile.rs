@@ -114,9 +114,7 @@ fn mutations_never_panic() {
         let scale = Scale::ALL.get(bits.below(2 * Scale::ALL.len())).copied();
         let overrides = Overrides { scale, ..Overrides::default() };
         match from_text("m", &text, &overrides) {
-            Ok(loaded) => {
-                drop(from(&loaded.model.to_json().to_string()).expect("canonical text loads"))
-            }
+            Ok(loaded) => drop(from(&loaded.model.to_json().to_string()).expect("canonical text loads")),
             Err(error) => assert!(error.to_string().starts_with("error[C01")),
         }
     }
@@ -126,8 +124,8 @@ fn mutations_never_panic() {
 fn what_is_json_is_decided_as_another_reader_does() {
     let mut bits = Bits(7);
     const TOKENS: [&str; 27] = [
-        "{", "}", "[", "]", ",", ":", "\"a\"", "\"b\"", "\"\\n\"", "\"\\x\"", "1", "-1", "01", "-",
-        "1.", ".5", "1.5", "1e5", "1e", "true", "false", "null", " ", "\n", "nul", "\"", "\u{b}",
+        "{", "}", "[", "]", ",", ":", "\"a\"", "\"b\"", "\"\\n\"", "\"\\x\"", "1", "-1", "01", "-", "1.", ".5", "1.5",
+        "1e5", "1e", "true", "false", "null", " ", "\n", "nul", "\"", "\u{b}",
     ];
     let mut accepted = 0;
     for _ in 0..200_000 {

@@ -215,7 +215,11 @@ impl HyperArgs {
     /// # Errors
     /// The first option that contradicts.
     pub fn resumed(&self, saved: &str) -> Result<Hyper, Failure> {
-        let damaged = |e| Failure::corrupted(format!("the options in the checkpoint cannot be read: {e}; use the program that wrote it"));
+        let damaged = |e| {
+            Failure::corrupted(format!(
+                "the options in the checkpoint cannot be read: {e}; use the program that wrote it"
+            ))
+        };
         let hyper: Hyper = serde_json::from_str(saved).map_err(damaged)?;
         hyper.agrees(&self.given(), "the run was started with")?;
         Ok(hyper)
@@ -229,7 +233,9 @@ impl Hyper {
             if own.get(*key) != Some(value) {
                 let flag = key.replace('_', "-");
                 let found = own.get(*key).map_or(String::new(), ToString::to_string);
-                return Err(Failure::usage(format!("--{flag} is {value}, but {whose} {found}; leave the option out or start another run")));
+                return Err(Failure::usage(format!(
+                    "--{flag} is {value}, but {whose} {found}; leave the option out or start another run"
+                )));
             }
         }
         Ok(())
@@ -242,13 +248,26 @@ impl Hyper {
     pub fn shaped(mut self, rows: usize, tokens: usize, args: &HyperArgs) -> Result<Hyper, Failure> {
         (self.batch, self.seq_len) = (rows as u32, tokens as u32);
         const BUILT_IN: [&str; 13] = [
-            "estimator", "rank", "kappa", "sigma", "momentum", "vec_scale", "mode", "directions", "distribution", "eps", "eps_rel",
-            "weight_decay", "only",
+            "estimator",
+            "rank",
+            "kappa",
+            "sigma",
+            "momentum",
+            "vec_scale",
+            "mode",
+            "directions",
+            "distribution",
+            "eps",
+            "eps_rel",
+            "weight_decay",
+            "only",
         ];
         for (key, _) in args.given() {
             if BUILT_IN.contains(&key) {
                 let flag = key.replace('_', "-");
-                return Err(Failure::usage(format!("--{flag} is built into a compiled plan; name the configuration instead")));
+                return Err(Failure::usage(format!(
+                    "--{flag} is built into a compiled plan; name the configuration instead"
+                )));
             }
         }
         self.agrees(&args.given(), "the plan has")?;
@@ -259,14 +278,19 @@ impl Hyper {
     ///
     /// # Errors
     /// A pattern that no name matches.
-    pub fn trainable<'a>(&self, weights: impl Iterator<Item = &'a str> + Clone) -> Result<Option<HashSet<String>>, Failure> {
+    pub fn trainable<'a>(
+        &self,
+        weights: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<Option<HashSet<String>>, Failure> {
         let Some(only) = &self.only else { return Ok(None) };
         let mut out = HashSet::new();
         for pattern in only.split(',').map(str::trim) {
             let before = out.len();
             out.extend(weights.clone().filter(|name| matches(pattern, name)).map(str::to_owned));
             if out.len() == before && !weights.clone().any(|name| matches(pattern, name)) {
-                return Err(Failure::usage(format!("--only: no weight matches {pattern:?}; the names are those of `chimerac inspect`")));
+                return Err(Failure::usage(format!(
+                    "--only: no weight matches {pattern:?}; the names are those of `chimerac inspect`"
+                )));
             }
         }
         Ok(Some(out))
@@ -275,11 +299,9 @@ impl Hyper {
     /// The estimator for the compiler.
     pub fn scheme(&self) -> Scheme {
         match self.estimator {
-            EstimatorName::PerseqLowrank => Scheme::PerSequence {
-                rank: self.rank as usize,
-                kappa: self.kappa as f32,
-                sigma_vec: self.sigma as f32,
-            },
+            EstimatorName::PerseqLowrank => {
+                Scheme::PerSequence { rank: self.rank as usize, kappa: self.kappa as f32, sigma_vec: self.sigma as f32 }
+            }
             EstimatorName::Mezo => Scheme::Mezo {
                 requantise: self.mode == Mode::Requantise,
                 directions: self.directions as usize,

@@ -21,7 +21,9 @@ use std::process::ExitCode;
 /// Train ternary language models without back-propagation, and run them.
 #[derive(Parser)]
 #[command(name = "chimera-run", version, propagate_version = true)]
-#[command(after_help = "Exit codes: 0 ok, 1 failure, 2 usage, 3 invalid configuration, 4 memory or disk, 5 corrupted file.")]
+#[command(
+    after_help = "Exit codes: 0 ok, 1 failure, 2 usage, 3 invalid configuration, 4 memory or disk, 5 corrupted file."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -50,12 +50,16 @@ impl Model {
     pub fn open(options: &ModelOptions, vocab_size: Option<usize>) -> Result<Model, Failure> {
         let overrides = options.overrides(vocab_size);
         let Some(path) = options.path() else {
-            let scale = options.scale.ok_or_else(|| Failure::usage("no model is named; give a file or --scale pico"))?;
+            let scale =
+                options.scale.ok_or_else(|| Failure::usage("no model is named; give a file or --scale pico"))?;
             return Ok(Model::of(config::preset(scale, &overrides)?, Source::Config));
         };
         if path.is_dir() {
             let newest = checkpoint::latest(path)?.ok_or_else(|| {
-                Failure::new(format!("{}: the folder has no checkpoint; name a configuration or a folder of a training run", path.display()))
+                Failure::new(format!(
+                    "{}: the folder has no checkpoint; name a configuration or a folder of a training run",
+                    path.display()
+                ))
             })?;
             return Model::weights(&newest, options, vocab_size);
         }
@@ -78,7 +82,10 @@ impl Model {
         let file = WeightFile::open(path)?;
         let meta = checkpoint::meta(&file)?.map(Box::new);
         let text = file.metadata().get("config").ok_or_else(|| {
-            Failure::usage(format!("{}: the weights bring no configuration; name the configuration and give the weights apart", path.display()))
+            Failure::usage(format!(
+                "{}: the weights bring no configuration; name the configuration and give the weights apart",
+                path.display()
+            ))
         })?;
         let loaded = config::from_text(&path.display().to_string(), text, &Overrides::default())?;
         check_vocab(path, loaded.model.vocab_size, vocab_size)?;
@@ -103,7 +110,11 @@ impl Model {
             _ => None,
         };
         let vocab = match (spec, saved) {
-            (None, Some(vocab)) | (Some(VocabSpec::Restricted), Some(vocab)) if vocab.size() == self.config.vocab_size => vocab,
+            (None, Some(vocab)) | (Some(VocabSpec::Restricted), Some(vocab))
+                if vocab.size() == self.config.vocab_size =>
+            {
+                vocab
+            }
             (None | Some(VocabSpec::Restricted), _) => {
                 let spec = spec.cloned().or_else(|| spec_of_size(self.config.vocab_size));
                 match spec {
@@ -223,7 +234,8 @@ fn read_plan(path: &Path) -> Result<Plan, Failure> {
     let fail = |e| Failure::new(format!("{}: cannot read the plan: {e}", path.display()));
     let mut bytes = vec![];
     fs::File::open(path).map_err(fail)?.take(MAX_PLAN_BYTES).read_to_end(&mut bytes).map_err(fail)?;
-    let damaged = |e: &dyn std::fmt::Display| Failure::corrupted(format!("{}: {e}; compile the plan again", path.display()));
+    let damaged =
+        |e: &dyn std::fmt::Display| Failure::corrupted(format!("{}: {e}; compile the plan again", path.display()));
     if bytes.starts_with(PLAN_MAGIC[0]) {
         return plan::from_bytes(&bytes).map_err(|e| damaged(&e));
     }

@@ -56,7 +56,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let folder = free_folder(args.out.as_deref())?;
     let hyper = hyper(&args);
     let vocab = Vocab::bytes();
-    let model = config::preset(Scale::Pico, &Overrides { vocab_size: Some(vocab.size()), ..Overrides::default() })?.model;
+    let model =
+        config::preset(Scale::Pico, &Overrides { vocab_size: Some(vocab.size()), ..Overrides::default() })?.model;
     let (batches, validation) = data(&vocab, &hyper)?;
     let reporter = Reporter::new(None, false, false);
     let entropy = text::unigram_bits_per_byte(&vocab, batches.stream().tokens()).unwrap_or(f64::NAN);
@@ -80,7 +81,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let options = run_options(&hyper, folder.clone());
     let before = trainer.measure(&validation, VALIDATION_ROWS, &vocab)?;
     let mut reporter = Reporter::new(Some(Log::open(&folder, 0)?), false, false);
-    let mut run = Run { trainer: &mut trainer, batches: &batches, validation: &validation, vocab: &vocab, progress: Progress::default(), meta };
+    let mut run = Run {
+        trainer: &mut trainer,
+        batches: &batches,
+        validation: &validation,
+        vocab: &vocab,
+        progress: Progress::default(),
+        meta,
+    };
     let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
     reporter.finish();
     let (outcome, progress) = (outcome?, run.progress);
@@ -131,7 +139,10 @@ fn free_folder(asked: Option<&Path>) -> Result<PathBuf, Failure> {
     if let Some(folder) = asked {
         return match checkpoint::latest(folder)? {
             None => Ok(folder.to_path_buf()),
-            Some(run) => Err(Failure::usage(format!("{}: there is a run already; choose another folder by --out", run.display()))),
+            Some(run) => Err(Failure::usage(format!(
+                "{}: there is a run already; choose another folder by --out",
+                run.display()
+            ))),
         };
     }
     let names = std::iter::once(DEFAULT_OUT.to_owned()).chain((2u32..).map(|n| format!("{DEFAULT_OUT}-{n}")));
@@ -182,15 +193,16 @@ fn sample(model: &ModelConfig, vocab: &Vocab, path: &Path, exec: &ExecArgs) -> R
     let mut decoder = StreamDecoder::new(vocab);
     let mut failed = None;
     write!(out, "{PROMPT}")?;
-    generator.generate(&settings, &mut |id| {
-        match out.write_all(decoder.push(id).as_bytes()).and_then(|()| out.flush()) {
+    generator.generate(
+        &settings,
+        &mut |id| match out.write_all(decoder.push(id).as_bytes()).and_then(|()| out.flush()) {
             Ok(()) => ControlFlow::Continue(()),
             Err(e) => {
                 failed = Some(e);
                 ControlFlow::Break(())
             }
-        }
-    })?;
+        },
+    )?;
     if let Some(e) = failed {
         return Err(e.into());
     }

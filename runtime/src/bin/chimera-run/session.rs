@@ -85,7 +85,8 @@ pub struct Reporter {
 impl Reporter {
     /// A reporter; `json` prints a line for each step on stdout, `quiet` shows no progress.
     pub fn new(log: Option<Log>, json: bool, quiet: bool) -> Reporter {
-        let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let bar = ProgressBar::new_spinner()
+            .with_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
         if quiet {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }

@@ -84,7 +84,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         hyper.data = args.data.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
     }
     let model_options = match (&saved, &hyper.plan) {
-        (Some(_), Some(plan)) if args.model.path().is_none() => ModelOptions { model: Some(plan.clone()), ..args.model.clone() },
+        (Some(_), Some(plan)) if args.model.path().is_none() => {
+            ModelOptions { model: Some(plan.clone()), ..args.model.clone() }
+        }
         (Some((file, _)), _) if args.model.path().is_none() => {
             ModelOptions { model: Some(file.path().to_path_buf()), ..args.model.clone() }
         }
@@ -118,7 +120,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let mut reporter = Reporter::new(Some(Log::open(&folder, progress.step)?), args.json, args.quiet);
     reporter.say(&introduction(&model, &vocab, &batches, &validation, &trainer, &hyper, &progress));
     let options = run_options(&args, &hyper, folder)?;
-    let mut run = Run { trainer: &mut trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta };
+    let mut run =
+        Run { trainer: &mut trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta };
     let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
     reporter.finish();
     let outcome = outcome?;
@@ -148,8 +151,9 @@ fn resumed(args: &Args) -> Result<(Option<(WeightFile, Meta)>, PathBuf), Failure
         Some(file) => file.clone(),
     };
     let file = WeightFile::open(&path)?;
-    let meta = checkpoint::meta(&file)?
-        .ok_or_else(|| Failure::usage(format!("{}: the file is no checkpoint, so no run can be resumed from it", path.display())))?;
+    let meta = checkpoint::meta(&file)?.ok_or_else(|| {
+        Failure::usage(format!("{}: the file is no checkpoint, so no run can be resumed from it", path.display()))
+    })?;
     let beside = path.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf);
     let folder = args.out.clone().unwrap_or(beside);
     Ok((Some((file, meta)), folder))
@@ -198,8 +202,15 @@ fn model_and_tokens(
         _ => None,
     };
     if let Some(vocab) = fixed {
-        if options.vocab.as_ref().is_some_and(|spec| !matches!(spec, VocabSpec::File(_)) && name_of(spec) != vocab.name()) {
-            return Err(Failure::config(format!("the weights were made with the vocabulary {}; leave --vocab out", vocab.name())));
+        if options
+            .vocab
+            .as_ref()
+            .is_some_and(|spec| !matches!(spec, VocabSpec::File(_)) && name_of(spec) != vocab.name())
+        {
+            return Err(Failure::config(format!(
+                "the weights were made with the vocabulary {}; leave --vocab out",
+                vocab.name()
+            )));
         }
         model.check(&vocab)?;
         let tokens = text::tokenise(&vocab, &sources, &mut |_, _| {})?;
@@ -210,7 +221,9 @@ fn model_and_tokens(
         None if options.scale.is_some() && matches!(model.source, Source::Config) => VocabSpec::Bytes,
         None => spec_of_size(model.config.vocab_size).ok_or_else(|| {
             let n = model.config.vocab_size;
-            Failure::usage(format!("which vocabulary of {n} tokens is not known; give --vocab bytes, o200k, o200k:restricted or a file"))
+            Failure::usage(format!(
+                "which vocabulary of {n} tokens is not known; give --vocab bytes, o200k, o200k:restricted or a file"
+            ))
         })?,
     };
     let (vocab, tokens) = text::prepare(&spec, &sources, &mut |_, _| {})?;
@@ -252,7 +265,9 @@ fn fingerprint(tokens: &[TokenSource]) -> String {
     let (mut count, mut sum) = (0u64, 0);
     for document in tokens.iter().flat_map(|s| &s.documents) {
         count += document.len() as u64;
-        sum = document.iter().fold(crc32c::crc32c_append(sum, b"document"), |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
+        sum = document
+            .iter()
+            .fold(crc32c::crc32c_append(sum, b"document"), |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
     }
     format!("{count} tokens, crc32c {sum:08x}")
 }
@@ -278,7 +293,8 @@ fn introduction(
 ) -> String {
     let parameters = chimera_frontends::config::parameter_count(&model.config);
     let tokens = batches.stream().tokens();
-    let unigram = text::unigram_bits_per_byte(vocab, tokens).map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
+    let unigram = text::unigram_bits_per_byte(vocab, tokens)
+        .map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
     let from = if progress.step > 0 { format!("; resuming behind step {}", progress.step) } else { String::new() };
     format!(
         "{parameters} parameters, vocabulary {} ({}); {} training and {} held-out tokens{unigram}; batch {} x {}, {} threads, {} MB{from}",

@@ -3,9 +3,7 @@
 use super::*;
 
 fn metadata() -> BTreeMap<String, String> {
-    [("config", "{\"hidden_size\": 64}"), ("vocab", "ä\n\u{1F600}")]
-        .map(|(k, v)| (k.to_string(), v.to_string()))
-        .into()
+    [("config", "{\"hidden_size\": 64}"), ("vocab", "ä\n\u{1F600}")].map(|(k, v)| (k.to_string(), v.to_string())).into()
 }
 
 fn latents(n: usize, k: usize) -> Vec<f32> {
@@ -49,11 +47,7 @@ fn sample() -> (Vec<u8>, BTreeMap<&'static str, Vec<f32>>) {
     let mut reversed = entries;
     reversed.reverse();
     write(&path, &reversed, &metadata()).expect("written");
-    assert_eq!(
-        std::fs::read(&path).expect("read"),
-        bytes,
-        "the order of the entries does not matter"
-    );
+    assert_eq!(std::fs::read(&path).expect("read"), bytes, "the order of the entries does not matter");
     let mapped = B158::open(&path).expect("opened");
     for (name, _, _) in mapped.iter() {
         let tensor = mapped.require(name).expect("sound");
@@ -68,10 +62,7 @@ fn tensors_survive_a_round_trip() {
     let file = B158::from_bytes(&bytes).expect("read");
     file.verify_all().expect("sound");
     assert_eq!(*file.metadata(), metadata());
-    assert_eq!(
-        file.iter().map(|(name, ..)| name).collect::<Vec<_>>(),
-        expected.keys().copied().collect::<Vec<_>>()
-    );
+    assert_eq!(file.iter().map(|(name, ..)| name).collect::<Vec<_>>(), expected.keys().copied().collect::<Vec<_>>());
     for (name, values) in &expected {
         let tensor = file.require(name).expect("present");
         assert_eq!(tensor.to_f32(), *values, "{name}");
@@ -143,14 +134,9 @@ fn a_damaged_tensor_is_named_and_the_others_stay_readable() {
     bytes[at] ^= 1;
     let file = B158::from_bytes(&bytes).expect("the header is sound");
     assert!(file.require("embed.weight").is_ok());
-    for error in
-        [file.require("norm.weight").expect_err("damaged"), file.verify_all().expect_err("damaged")]
-    {
+    for error in [file.require("norm.weight").expect_err("damaged"), file.verify_all().expect_err("damaged")] {
         assert_eq!(error.exit_code(), 5);
-        assert!(
-            error.to_string().contains("tensor `norm.weight` is corrupted: its checksum"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("tensor `norm.weight` is corrupted: its checksum"), "{error}");
     }
 }
 
@@ -220,10 +206,7 @@ fn other_files_get_a_sentence() {
     }
     let missing = B158::open(Path::new("no/such/file.b158")).expect_err("missing");
     assert_eq!(missing.exit_code(), 1);
-    assert!(
-        missing.to_string().starts_with("no/such/file.b158: cannot open the file"),
-        "{missing}"
-    );
+    assert!(missing.to_string().starts_with("no/such/file.b158: cannot open the file"), "{missing}");
     let folder = B158::open(Path::new(".")).expect_err("a folder");
     assert!(folder.to_string().contains("expected a regular file"), "{folder}");
 }
@@ -236,18 +219,8 @@ fn entries_are_checked_before_writing() {
         vec![Entry::f32("a", &[2], &[1.0]), Entry::f32("b", &[1], &[1.0])],
         vec![Entry::f32("a", &[1], &[1.0]), Entry::f32("a", &[1], &[1.0])],
         vec![Entry::f32("a", &[1; 17], &[1.0])],
-        vec![Entry::stored(
-            "a",
-            Encoding::Ternary { group: 0, scales: ScaleEncoding::F32 },
-            &[1, 1],
-            vec![],
-        )],
-        vec![Entry::stored(
-            "a",
-            Encoding::Ternary { group: 1, scales: ScaleEncoding::F32 },
-            &[1],
-            vec![],
-        )],
+        vec![Entry::stored("a", Encoding::Ternary { group: 0, scales: ScaleEncoding::F32 }, &[1, 1], vec![])],
+        vec![Entry::stored("a", Encoding::Ternary { group: 1, scales: ScaleEncoding::F32 }, &[1], vec![])],
     ];
     for entries in bad {
         assert_eq!(write(&path, &entries, &BTreeMap::new()).expect_err("refused").exit_code(), 1);

@@ -3,8 +3,8 @@
 //! Invariant: equal contents give equal bytes, whatever the order in which tensors are given.
 
 use super::{
-    CHECKSUM_BYTES, DATA_ALIGN, Encoding, MAGIC, MAX_RANK, MAX_TABLE_BYTES, PROLOGUE_BYTES,
-    ScaleEncoding, Ternary, VERSION, pack_ternary,
+    CHECKSUM_BYTES, DATA_ALIGN, Encoding, MAGIC, MAX_RANK, MAX_TABLE_BYTES, PROLOGUE_BYTES, ScaleEncoding, Ternary,
+    VERSION, pack_ternary,
 };
 use crate::files::tensor::f32_bytes;
 use crate::files::{FileError, atomic};
@@ -24,12 +24,7 @@ pub struct Entry<'a> {
 
 impl<'a> Entry<'a> {
     /// A tensor whose `bytes` already have the stored form.
-    pub fn stored(
-        name: &'a str,
-        encoding: Encoding,
-        shape: &[usize],
-        bytes: impl Into<Cow<'a, [u8]>>,
-    ) -> Self {
+    pub fn stored(name: &'a str, encoding: Encoding, shape: &[usize], bytes: impl Into<Cow<'a, [u8]>>) -> Self {
         Entry { name, encoding, shape: shape.to_vec(), bytes: bytes.into() }
     }
 
@@ -53,19 +48,9 @@ impl<'a> Entry<'a> {
     ///
     /// # Panics
     /// When the numbers of codes and scales do not follow from n, k and the group size.
-    pub fn ternary(
-        name: &'a str,
-        n: usize,
-        k: usize,
-        weights: &Ternary,
-        scales: ScaleEncoding,
-    ) -> Self {
+    pub fn ternary(name: &'a str, n: usize, k: usize, weights: &Ternary, scales: ScaleEncoding) -> Self {
         let per_row = k.div_ceil(weights.group.max(1));
-        assert_eq!(
-            Some(weights.scales.len()),
-            n.checked_mul(per_row),
-            "one scale per row and group"
-        );
+        assert_eq!(Some(weights.scales.len()), n.checked_mul(per_row), "one scale per row and group");
         let mut bytes = pack_ternary(&weights.codes, n, k);
         let mut values = weights.scales.clone();
         values.resize(n.next_multiple_of(32) * per_row, 0.0);
@@ -86,11 +71,7 @@ fn bf16_bytes(values: &[f32]) -> Vec<u8> {
 /// # Errors
 /// When the file cannot be written, a name occurs twice, or the bytes of a tensor do not have the size that its encoding
 /// and shape imply.
-pub fn write(
-    path: &Path,
-    tensors: &[Entry<'_>],
-    metadata: &BTreeMap<String, String>,
-) -> Result<(), FileError> {
+pub fn write(path: &Path, tensors: &[Entry<'_>], metadata: &BTreeMap<String, String>) -> Result<(), FileError> {
     let mut order: Vec<&Entry<'_>> = tensors.iter().collect();
     order.sort_by_key(|entry| entry.name);
     let refused = |reason: String| FileError::unsupported(path, reason);
@@ -107,8 +88,7 @@ pub fn write(
         }
     }
     let header = header_bytes(&order, metadata).ok_or_else(|| {
-        let reason =
-            format!("names and metadata exceed {MAX_TABLE_BYTES} bytes; store less metadata");
+        let reason = format!("names and metadata exceed {MAX_TABLE_BYTES} bytes; store less metadata");
         refused(reason)
     })?;
     atomic::write_atomic(path, |w| {
@@ -135,8 +115,7 @@ fn header_bytes(order: &[&Entry<'_>], metadata: &BTreeMap<String, String>) -> Op
         (out.len() <= MAX_TABLE_BYTES).then_some(())
     };
     // Entries have a fixed size apart from name and rank, so the data's start is known before the offsets.
-    let entry_bytes =
-        |entry: &&Entry<'_>| 4 + entry.name.len() + 4 + 8 + 8 * entry.shape.len() + 20;
+    let entry_bytes = |entry: &&Entry<'_>| 4 + entry.name.len() + 4 + 8 + 8 * entry.shape.len() + 20;
     let mut table = Vec::new();
     for (key, value) in metadata {
         text(&mut table, key)?;
