@@ -2,73 +2,15 @@
 //!
 //! Everything here is exact, or exact up to one rounding to `f32`.
 
-use chimera_codegen::{Allowed, CodegenError, compile, emitters, host};
 use chimera_ir::{
     DType, Data, Op, Tensor, Type,
-    lower::{Argument, Cluster},
     ops::{
         Combine, Dispatch, Distribution, GatherRows, LowRankGrad, MemberDot, Random, RankUpdate, Route, SpanKnot,
         box_muller, philox, stream_id,
     },
 };
+use chimera_tests::clusters::all_ways;
 use safetensors::SafeTensors;
-
-/// The results of `op` by `eval`, then by every emitter that serves the kernel.
-fn all_ways(op: impl Into<Op>, ins: &[Tensor]) -> Vec<(&'static str, Vec<Tensor>)> {
-    let op = op.into();
-    let mut results = vec![("eval", op.eval(&ins.iter().collect::<Vec<_>>()))];
-    let types: Vec<Type> = ins.iter().map(|t| t.ty.clone()).collect();
-    let cluster = Cluster::single(op.clone(), &types).expect("the operands fit");
-    let kernel = cluster.lower();
-    let outs = op.infer(&types).expect("the operands fit");
-    for emitter in emitters() {
-        let module = match compile(&[&kernel], &host(), &Allowed::parse(emitter.name()).expect("a listed name")) {
-            Ok(module) => module,
-            Err(CodegenError::Refused { .. }) => continue,
-            Err(e) => panic!("{}: {e}", emitter.name()),
-        };
-        let arguments = cluster.arguments();
-        let mut data: Vec<Data> = arguments
-            .iter()
-            .map(|a| match *a {
-                Argument::Input(i) => ins[i].data.clone(),
-                Argument::Output(o) => Data::zeros(outs[o].dtype, outs[o].numel()),
-            })
-            .collect();
-        let pointers: Vec<*mut u8> = data.iter_mut().map(pointer).collect();
-        let mut scratch = vec![0u8; kernel.scratch_bytes() + 64];
-        let skip = scratch.as_ptr().align_offset(64);
-        // SAFETY: one pointer per argument buffer of the declared type and length, aligned scratch of the declared size, one thread,
-        // and the whole grid of a kernel whose operands are well-formed.
-        unsafe {
-            let scratch = scratch.as_mut_ptr().add(skip);
-            module.entry(0).call(pointers.as_ptr(), scratch, 0, kernel.grid as i64);
-        }
-        let at = |o: usize| {
-            let wanted = match op.updates().iter().find(|u| u.1 == o) {
-                Some(u) => Argument::Input(u.0),
-                None => Argument::Output(o),
-            };
-            arguments.iter().position(|a| *a == wanted).expect("every result has a buffer")
-        };
-        let result = |(o, ty): (usize, &Type)| Tensor { ty: ty.clone(), data: data[at(o)].clone() };
-        results.push((emitter.name(), outs.iter().enumerate().map(result).collect()));
-    }
-    assert!(results.len() > 1, "no emitter serves {}", op.text());
-    results
-}
-
-fn pointer(data: &mut Data) -> *mut u8 {
-    match data {
-        Data::F32(v) => v.as_mut_ptr().cast(),
-        Data::F64(v) => v.as_mut_ptr().cast(),
-        Data::BF16(v) => v.as_mut_ptr().cast(),
-        Data::I8(v) => v.as_mut_ptr().cast(),
-        Data::U8(v) => v.as_mut_ptr(),
-        Data::I16(v) => v.as_mut_ptr().cast(),
-        Data::I32(v) => v.as_mut_ptr().cast(),
-    }
-}
 
 struct Golden(Vec<u8>);
 

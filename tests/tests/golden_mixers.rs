@@ -4,27 +4,12 @@
 
 use chimera_ir::{
     DType, Data, Op, Tensor, Type,
-    lower::Cluster,
     ops::{EflaBeta, GatedDelta, Mlstm, Positions, RopeScaling, RopeTable, ShortConv, TitansMemory, WindowAttention},
 };
 use chimera_tests::{
-    clusters::{Runner, run_cluster},
+    clusters::all_ways,
     golden::{Golden, assert_close},
 };
-
-/// The results of `op` by `eval`, by the reference interpreter and by every emitter, each with the name of the way.
-fn all_ways(op: impl Into<Op>, ins: &[Tensor]) -> Vec<(&'static str, Vec<Tensor>)> {
-    let (op, refs) = (op.into(), ins.iter().collect::<Vec<_>>());
-    let types: Vec<Type> = ins.iter().map(|t| t.ty.clone()).collect();
-    let cluster = Cluster::single(op.clone(), &types).unwrap_or_else(|e| panic!("{}: {e}", op.text()));
-    let emitters = chimera_codegen::emitters().iter().map(|e| (e.name(), Runner::Emitter(e.name())));
-    let runners = std::iter::once(("the reference", Runner::Reference)).chain(emitters);
-    let run = |(name, runner)| {
-        let results = run_cluster(&cluster, runner, &refs, None);
-        (name, results.unwrap_or_else(|e| panic!("{} by {name}: {e}", op.text())))
-    };
-    std::iter::once(("eval", op.eval(&refs))).chain(runners.map(run)).collect()
-}
 
 /// `[B, H, T, K]` or `[B, H, T]` by token.
 fn by_token(t: &Tensor) -> Tensor {

@@ -25,6 +25,9 @@ struct Case {
     lr: f64,
 }
 
+/// A weight's name, what was found, what is expected, and what was there before.
+type Sample = (String, Vec<f32>, Vec<f32>, Vec<f32>);
+
 impl Case {
     fn open(name: &str, scheme: &Scheme, rule: &UpdateRule, lr: f64, seed: u64) -> Case {
         let golden = Golden::open(name);
@@ -54,7 +57,7 @@ impl Case {
     }
 
     /// The samples that the golden file has of the weights as they are: `(name, found, expected, before)`.
-    fn samples(&self, prefix: &str, count: usize) -> Vec<(String, Vec<f32>, Vec<f32>, Vec<f32>)> {
+    fn samples(&self, prefix: &str, count: usize) -> Vec<Sample> {
         let wanted = self.golden.with_prefix(&format!("{prefix}.sample."));
         let take =
             |values: &[f32]| -> Vec<f32> { values.iter().copied().step_by((values.len() / count).max(1)).collect() };

@@ -29,7 +29,7 @@ pub(super) fn sample() -> Plan {
     let mut plan = Plan {
         config: "{\"name\": \"sample\",\n \"x\": [1, \"\\u0000\"]}".into(),
         options: vec![("batch".into(), "2".into()), ("seq".into(), "4".into())],
-        target: "x86-64-v3".into(),
+        target: "host".into(),
         weights: WeightKind::ALL
             .iter()
             .map(|(kind, n)| WeightDecl { name: format!("w.{n}"), ty: v.clone(), kind: *kind })

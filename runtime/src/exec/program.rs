@@ -47,7 +47,7 @@ pub(super) struct Addresses {
 
 /// A step with its addresses.
 #[derive(Clone, Debug)]
-pub(super) enum Op {
+pub(super) enum Action {
     Run {
         kernel: usize,
         args: Addresses,
@@ -72,7 +72,7 @@ pub(super) enum Op {
 #[derive(Debug)]
 pub(super) struct Flat {
     /// One for each step.
-    pub(super) ops: Vec<Op>,
+    pub(super) ops: Vec<Action>,
     /// Weights that are read, ascending.
     pub(super) reads: Vec<usize>,
     /// Weights that are written, ascending.
@@ -193,7 +193,7 @@ impl Table {
                     for (d, &b) in k.bufs.iter().filter(|d| d.role != Role::Scratch).zip(args) {
                         touched.add(plan, b, d.role != Role::Out, d.role != Role::In);
                     }
-                    Op::Run {
+                    Action::Run {
                         kernel: kernel.0 as usize,
                         args: addresses,
                         grid: k.grid as i64,
@@ -203,16 +203,16 @@ impl Table {
                 Step::Copy { from, to } => {
                     touched.add(plan, *from, true, false);
                     touched.add(plan, *to, false, true);
-                    Op::Copy { pair: addresses, bytes: plan.buffer(*from).ty.bytes() }
+                    Action::Copy { pair: addresses, bytes: plan.buffer(*from).ty.bytes() }
                 }
                 Step::LoopBegin { counter, .. } => {
                     touched.add(plan, *counter, false, true);
-                    Op::Begin { counter: addresses, max: iterations }
+                    Action::Begin { counter: addresses, max: iterations }
                 }
                 Step::LoopEnd { again } => {
                     touched.add(plan, *again, true, false);
                     iterations = 1;
-                    Op::End { again: addresses }
+                    Action::End { again: addresses }
                 }
             });
         }
@@ -242,7 +242,7 @@ impl Touched {
         }
     }
 
-    fn finish(self, ops: Vec<Op>) -> Flat {
+    fn finish(self, ops: Vec<Action>) -> Flat {
         let [reads, writes] = self.weights.map(|mut w| {
             w.sort_unstable();
             w.dedup();

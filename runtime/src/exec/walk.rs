@@ -2,7 +2,7 @@
 //!
 //! A split grid is cut into contiguous ranges, one for each worker, the same ones every time.
 
-use super::program::Op;
+use super::program::Action;
 use super::{EntryId, EntryKey, ExecError, Executable};
 use std::time::{Duration, Instant};
 
@@ -127,20 +127,20 @@ impl Executable {
             let mut next = at + 1;
             let ended = iteration;
             match *op {
-                Op::Run { kernel, args, grid, split } => {
+                Action::Run { kernel, args, grid, split } => {
                     self.run_kernel(kernel, self.table.at(args, iteration), grid, split)
                 }
-                Op::Copy { pair, bytes } => {
+                Action::Copy { pair, bytes } => {
                     let pair = self.table.at(pair, iteration);
                     // SAFETY: both buffers have `bytes` bytes by verification; `copy` allows overlap; no region is open, so nobody
                     // else touches the memory of this executable, which is borrowed mutably.
                     unsafe { std::ptr::copy(pair[0], pair[1], bytes) };
                 }
-                Op::Begin { counter, max } => {
+                Action::Begin { counter, max } => {
                     open = Some((next, max, counter));
                     self.set_counter(self.table.at(counter, 0)[0], 0);
                 }
-                Op::End { again } => {
+                Action::End { again } => {
                     // SAFETY: an `i32[1]` at a multiple of 64 by verification; nobody writes it, see `Copy`.
                     let again = unsafe { self.table.at(again, iteration)[0].cast::<i32>().read() } != 0;
                     match open {
