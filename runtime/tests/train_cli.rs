@@ -201,3 +201,19 @@ fn a_kill_at_any_moment_leaves_a_sound_checkpoint() {
         file.verify_all().unwrap_or_else(|e| panic!("{e}"));
     }
 }
+
+#[test]
+fn the_quickstart_trains_saves_loads_and_writes() {
+    let place = Place::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
+    command.current_dir(place.0.path()).args(["quickstart", "--seconds", "1", "--batch", "4", "--threads", "2"]);
+    let Output { status, stdout, stderr } = command.output().expect("the command starts");
+    let stderr = String::from_utf8_lossy(&stderr);
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    for what in ["unigram entropy", "held out:", "bits/byte", "saved chimera-quickstart/step-", "next:"] {
+        assert!(stderr.contains(what), "no {what:?} in {stderr}");
+    }
+    assert!(stdout.len() > 20, "a sample");
+    let path = newest(&place.path("chimera-quickstart")).expect("a checkpoint");
+    B158::open(&path).expect("opened").verify_all().expect("sound");
+}

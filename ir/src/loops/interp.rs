@@ -26,7 +26,7 @@ pub trait Memory {
 /// Run the grid instances `lo .. hi` of a verified kernel.
 ///
 /// # Panics
-/// When an index is out of bounds, or the kernel is one that [`verify`] refuses.
+/// When an index is out of bounds, or the kernel is one that [`verify()`] refuses.
 pub fn interpret<M: Memory>(kernel: &Kernel, memory: &mut M, lo: i64, hi: i64) {
     let mut run = Run { kernel, memory, vars: vec![0; kernel.vars.len()] };
     for i in lo..hi {

@@ -273,7 +273,7 @@ impl Kernel {
     /// The type of an expression.
     ///
     /// # Panics
-    /// When the expression is ill-typed; [`verify`] says so without a panic.
+    /// When the expression is ill-typed; [`verify()`] says so without a panic.
     pub fn ty(&self, e: &Expr) -> Ty {
         match e {
             Expr::F32(_) | Expr::Fma(..) => Ty::F32,

@@ -51,7 +51,7 @@ pub fn to_text(plan: &Plan) -> String {
 /// Parse text.
 ///
 /// # Errors
-/// The first thing that is wrong: header, version, checksum, form, or a rule of [`verify`].
+/// The first thing that is wrong: header, version, checksum, form, or a rule of [`verify()`].
 pub fn from_text(text: &str) -> Result<Plan, PlanError> {
     let (header, body) =
         text.split_once('\n').ok_or_else(|| PlanError::new("found no line, expected the header of a plan"))?;
