@@ -53,7 +53,7 @@ pub trait Emitter: Sync {
 
 /// Every emitter, most specific first. The one list that dispatch walks.
 pub fn emitters() -> &'static [&'static dyn Emitter] {
-    &[&crate::portable::Portable, &crate::interp::Interp]
+    &[&crate::x86::Wide, &crate::portable::Portable, &crate::interp::Interp]
 }
 
 /// A choice of emitters; their order is always that of [`emitters`].

@@ -10,7 +10,10 @@ mod interp;
 mod memory;
 mod module;
 mod portable;
+mod shape;
 mod target;
+mod walk;
+mod x86;
 
 pub use emitter::{Allowed, Code, Emitter, Refusal, emitters};
 pub use host::host;

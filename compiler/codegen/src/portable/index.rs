@@ -127,7 +127,7 @@ impl Lower<'_, '_> {
     /// The depth of the innermost loop in which an expression may change.
     pub(super) fn depth_of(&self, e: &Expr) -> u32 {
         let mut depth = 0;
-        super::walk::expr(e, &mut |e| match e {
+        crate::walk::expr(e, &mut |e| match e {
             Expr::Load(..) | Expr::Word(..) => depth = self.depth,
             Expr::Var(v) => depth = depth.max(self.depths[v.0 as usize]),
             _ => {}

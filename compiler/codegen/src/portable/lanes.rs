@@ -7,10 +7,10 @@ use chimera_ir::loops::{Expr, Stmt, Ty, Var};
 use cranelift_codegen::ir::types;
 
 use super::scalar::machine;
-use super::shape::{Fact, Lanes, Shape};
 use super::stmt::{Bound, Lower, Slot};
 use super::vector::vector_type;
-use super::walk;
+use crate::shape::{Fact, Lanes, Shape};
+use crate::walk;
 
 /// No more vectors than this at once: there are 16 registers on x86.
 const MOST: usize = 8;

@@ -7,8 +7,8 @@ use chimera_ir::loops::{Buf, Expr, Ty};
 use cranelift_codegen::ir::{ConstantData, Endianness, InstBuilder, MemFlagsData, Value, types};
 
 use super::index::Address;
-use super::shape::Shape;
 use super::stmt::Lower;
+use crate::shape::Shape;
 
 /// Accesses do not trap; they may be unaligned.
 pub(super) const MEM: MemFlagsData = LITTLE.with_notrap();

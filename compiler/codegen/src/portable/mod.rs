@@ -8,10 +8,8 @@ mod memory;
 mod reduce;
 mod scalar;
 mod sequence;
-mod shape;
 mod stmt;
 mod vector;
-mod walk;
 
 use std::sync::Arc;
 
@@ -24,7 +22,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, CompiledCode, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
-use crate::{Arch, Code, Emitter, Feature, Refusal, Target};
+use crate::{Arch, Code, Emitter, Feature, Refusal, Target, walk};
 
 pub(crate) struct Portable;
 

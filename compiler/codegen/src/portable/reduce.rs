@@ -10,10 +10,10 @@ use cranelift_frontend::Variable;
 use super::lanes::{least, zero};
 use super::memory::{LITTLE, MEM};
 use super::scalar::machine;
-use super::shape::Fact;
 use super::stmt::{Bound, Lower, Slot};
 use super::vector::vector_type;
-use super::walk;
+use crate::shape::Fact;
+use crate::walk;
 
 /// The stripes of one accumulator: two vectors, or eight scalars.
 struct Striped {

@@ -6,8 +6,8 @@ use chimera_ir::loops::{Bin, Cmp, Expr, Ty, Un};
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 
-use super::shape::Fact;
 use super::stmt::{Lower, Slot};
+use crate::shape::Fact;
 
 /// The machine type of a computed scalar.
 pub(super) fn machine(ty: Ty) -> Type {

@@ -6,8 +6,8 @@ use chimera_ir::loops::{Expr, Stmt, Var};
 
 use super::index::Linear;
 use super::stmt::{Bound, Lower};
-use super::walk::{self, Counts};
 use crate::Arch;
+use crate::walk::{self, Counts};
 
 impl Lower<'_, '_> {
     /// A loop in ascending order. `trips` is the number of iterations, if it is known.

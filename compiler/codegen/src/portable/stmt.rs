@@ -10,10 +10,10 @@ use cranelift_frontend::{FunctionBuilder, Variable};
 
 use super::index::Linear;
 use super::scalar::machine;
-use super::shape::{Fact, Lanes, Shape};
-use super::walk::Counts;
 use crate::Target;
 use crate::interp::{Place, places};
+use crate::shape::{Fact, Lanes, Shape};
+use crate::walk::Counts;
 
 /// Where a variable of the kernel is.
 #[derive(Clone, Debug)]

@@ -9,9 +9,9 @@ use cranelift_codegen::ir::{ConstantData, InstBuilder, Type, Value, types};
 
 use super::memory::LITTLE;
 use super::scalar::{float_cc, int_cc};
-use super::shape::Shape;
 use super::stmt::{Lower, Slot};
 use crate::Arch;
+use crate::shape::Shape;
 
 /// The vector type of a computed scalar; `F64` and `I64` have none.
 pub(super) fn vector_type(ty: Ty) -> Option<Type> {

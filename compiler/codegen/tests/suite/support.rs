@@ -110,8 +110,16 @@ fn canonical(dtype: DType, bytes: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// The portable emitter must leave what the interpreter leaves, on every target at hand, and must serve the kernel on the host.
+/// Every emitter of machine code must leave what the interpreter leaves, on every target at hand, and must serve the kernel on the host.
 pub(crate) fn check(kernel: &Kernel) {
+    for emitter in ["wide", "portable"] {
+        if emitter == "portable" || cfg!(target_arch = "x86_64") {
+            check_emitter(kernel, emitter);
+        }
+    }
+}
+
+fn check_emitter(kernel: &Kernel, emitter: &str) {
     verify(kernel).unwrap();
     for seed in 0..2 {
         let contents = contents(kernel, seed);
@@ -119,12 +127,13 @@ pub(crate) fn check(kernel: &Kernel) {
         let declared: Vec<_> = kernel.bufs.iter().filter(|b| b.role != Role::Scratch).collect();
         for target in targets() {
             let host = target == chimera_codegen::host();
-            let found = run(kernel, &target, if host { "portable" } else { "portable,interp" }, &contents);
+            let fallback = format!("{emitter},interp");
+            let found = run(kernel, &target, if host { emitter } else { &fallback }, &contents);
             for ((b, e), f) in declared.iter().zip(&expected).zip(&found) {
                 let (e, f) = (canonical(b.dtype, e), canonical(b.dtype, f));
                 if let Some(at) = (0..b.len).find(|&i| e[i] != f[i]) {
                     panic!(
-                        "kernel {} on {target}, seed {seed}: {}[{at}] is {:x}, the interpreter says {:x}\n{}\n{}",
+                        "kernel {} by {emitter} on {target}, seed {seed}: {}[{at}] is {:x}, the interpreter says {:x}\n{}\n{}",
                         kernel.name,
                         b.name,
                         f[at],

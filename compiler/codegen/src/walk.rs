@@ -5,7 +5,7 @@
 use chimera_ir::loops::{Acc, Expr, Stmt, Var};
 
 /// Every statement, also nested ones.
-pub(super) fn stmts(body: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
+pub(crate) fn stmts(body: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
     for s in body {
         f(s);
         match s {
@@ -20,7 +20,7 @@ pub(super) fn stmts(body: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
 }
 
 /// Every expression, also nested ones.
-pub(super) fn exprs(body: &[Stmt], f: &mut dyn FnMut(&Expr)) {
+pub(crate) fn exprs(body: &[Stmt], f: &mut dyn FnMut(&Expr)) {
     stmts(body, &mut |s| match s {
         Stmt::Let(_, e) | Stmt::If(e, ..) => expr(e, f),
         Stmt::Store(_, a, b) => {
@@ -42,7 +42,7 @@ pub(super) fn exprs(body: &[Stmt], f: &mut dyn FnMut(&Expr)) {
 }
 
 /// The operands of an accumulation.
-pub(super) fn terms(acc: &Acc) -> [Option<&Expr>; 2] {
+pub(crate) fn terms(acc: &Acc) -> [Option<&Expr>; 2] {
     match acc {
         Acc::Sum(e) | Acc::Max(e) => [Some(e), None],
         Acc::Dot(x, y) => [Some(x), Some(y)],
@@ -50,7 +50,7 @@ pub(super) fn terms(acc: &Acc) -> [Option<&Expr>; 2] {
 }
 
 /// An expression and everything in it.
-pub(super) fn expr(e: &Expr, f: &mut dyn FnMut(&Expr)) {
+pub(crate) fn expr(e: &Expr, f: &mut dyn FnMut(&Expr)) {
     f(e);
     match e {
         Expr::F32(_) | Expr::F64(_) | Expr::I32(_) | Expr::Int(_) | Expr::Var(_) => {}
@@ -68,7 +68,7 @@ pub(super) fn expr(e: &Expr, f: &mut dyn FnMut(&Expr)) {
 }
 
 /// The variables that a statement itself assigns.
-pub(super) fn assigned(s: &Stmt, f: &mut dyn FnMut(Var)) {
+pub(crate) fn assigned(s: &Stmt, f: &mut dyn FnMut(Var)) {
     match s {
         Stmt::Let(v, _) => f(*v),
         Stmt::For { var, .. } => f(*var),
@@ -81,13 +81,13 @@ pub(super) fn assigned(s: &Stmt, f: &mut dyn FnMut(Var)) {
 }
 
 /// How often each variable is assigned and mentioned in a body.
-pub(super) struct Counts {
-    pub(super) assigned: Vec<u32>,
-    pub(super) mentioned: Vec<u32>,
+pub(crate) struct Counts {
+    pub(crate) assigned: Vec<u32>,
+    pub(crate) mentioned: Vec<u32>,
 }
 
 impl Counts {
-    pub(super) fn of(body: &[Stmt], n_vars: usize) -> Counts {
+    pub(crate) fn of(body: &[Stmt], n_vars: usize) -> Counts {
         let mut counts = Counts { assigned: vec![0; n_vars], mentioned: vec![0; n_vars] };
         stmts(body, &mut |s| assigned(s, &mut |v| counts.assigned[v.0 as usize] += 1));
         exprs(body, &mut |e| {

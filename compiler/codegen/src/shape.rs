@@ -4,11 +4,11 @@
 
 use chimera_ir::loops::{Bin, Cmp, Expr, Kernel, Stmt, Ty, Un, Var};
 
-use super::walk::{self, Counts};
+use crate::walk::{self, Counts};
 
 /// The difference between lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Shape {
+pub(crate) enum Shape {
     /// None.
     Uniform,
     /// An `I64` that grows by this much, not 0, from lane to lane.
@@ -19,27 +19,27 @@ pub(super) enum Shape {
 
 /// What is known of an `I64`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Fact {
+pub(crate) struct Fact {
     /// The value is a multiple of this; 0 is a multiple of everything.
-    pub(super) align: u64,
+    pub(crate) align: u64,
     /// It is never negative, and adding up facts never overflows.
-    pub(super) positive: bool,
+    pub(crate) positive: bool,
 }
 
 impl Fact {
-    pub(super) const NONE: Fact = Fact { align: 1, positive: false };
-    pub(super) const INDEX: Fact = Fact { align: 1, positive: true };
+    pub(crate) const NONE: Fact = Fact { align: 1, positive: false };
+    pub(crate) const INDEX: Fact = Fact { align: 1, positive: true };
 
     fn join(self, other: Fact) -> Fact {
         Fact { align: gcd(self.align, other.align), positive: self.positive && other.positive }
     }
 
     /// The fact about a loop variable.
-    pub(super) fn counting(lo: Fact, step: i64) -> Fact {
+    pub(crate) fn counting(lo: Fact, step: i64) -> Fact {
         Fact { align: gcd(lo.align, step.unsigned_abs()), ..lo }
     }
 
-    pub(super) fn of(e: &Expr, facts: &[Fact]) -> Fact {
+    pub(crate) fn of(e: &Expr, facts: &[Fact]) -> Fact {
         match e {
             Expr::Int(c) => Fact { align: c.unsigned_abs(), positive: *c >= 0 },
             Expr::Var(v) => facts[v.0 as usize],
@@ -79,8 +79,8 @@ fn gcd(mut a: u64, mut b: u64) -> u64 {
 
 /// A vectorised loop: `width` consecutive values of its variable at once.
 #[derive(Clone, Debug)]
-pub(super) struct Lanes {
-    pub(super) width: usize,
+pub(crate) struct Lanes {
+    pub(crate) width: usize,
     shapes: Vec<Shape>,
     facts: Vec<Fact>,
     assigned: Vec<u32>,
@@ -90,7 +90,7 @@ pub(super) struct Lanes {
 impl Lanes {
     /// Can `body` run for `width` values of `var` at once? `inner` are further expressions evaluated in it. `facts` are about the
     /// variables outside, `first` about `var` in the first lane; `total` counts the whole kernel.
-    pub(super) fn analyse(
+    pub(crate) fn analyse(
         kernel: &Kernel,
         total: &Counts,
         facts: &[Fact],
@@ -169,12 +169,12 @@ impl Lanes {
     }
 
     /// The shape of a variable.
-    pub(super) fn var(&self, v: Var) -> Shape {
+    pub(crate) fn var(&self, v: Var) -> Shape {
         self.shapes[v.0 as usize]
     }
 
     /// How much an `I64` variable grows from lane to lane; 0 when that says nothing.
-    pub(super) fn stride(&self, v: Var) -> i64 {
+    pub(crate) fn stride(&self, v: Var) -> i64 {
         match (self.tys[v.0 as usize], self.var(v)) {
             (Ty::I64, Shape::Affine(s)) => s,
             _ => 0,
@@ -182,7 +182,7 @@ impl Lanes {
     }
 
     /// The shape of an expression.
-    pub(super) fn shape(&self, e: &Expr) -> Shape {
+    pub(crate) fn shape(&self, e: &Expr) -> Shape {
         use Shape::*;
         let uniform = |es: &[&Expr]| {
             if es.iter().all(|e| self.shape(e) == Uniform) { Uniform } else { Varying }
@@ -219,7 +219,7 @@ impl Lanes {
     }
 
     /// Is the comparison one of two `I64` that are affine?
-    pub(super) fn compares_indices(&self, kernel: &Kernel, e: &Expr) -> bool {
+    pub(crate) fn compares_indices(&self, kernel: &Kernel, e: &Expr) -> bool {
         let index = |e: &Expr| kernel.ty(e) == Ty::I64 && self.shape(e) != Shape::Varying;
         matches!(e, Expr::Cmp(Cmp::Eq | Cmp::Ne | Cmp::Lt | Cmp::Le, a, b) if index(a) && index(b))
     }
