@@ -14,9 +14,9 @@ use chimera_ir::ops::{
     TitansMemory, packed_type,
 };
 use chimera_ir::{DType, Data, Op, Tensor, Type};
-use chimera_runtime::exec::Executable;
+use chimera_runtime::exec::{ExecOptions, Executable};
 
-use crate::measure::{Case, Effort, measure};
+use crate::measure::{Case, Effort, Setup, measure};
 use crate::peaks::{self, DOT4, FMA};
 use crate::row::Row;
 use crate::single::{PlanBuilder, Shared, output, set_weight};
@@ -48,7 +48,7 @@ impl Subject {
     }
 
     /// Entry points `once` and `many` ([`TIMES`]).
-    fn executable(&self, threads: usize) -> Result<Executable> {
+    fn executable(&self, options: &ExecOptions) -> Result<Executable> {
         let mut plan = PlanBuilder::default();
         let mut args: Vec<_> =
             self.ins.iter().enumerate().map(|(i, t)| plan.weight(&format!("in{i}"), &t.ty)).collect();
@@ -58,7 +58,7 @@ impl Subject {
         args.extend(outs.iter().map(|o| o.1));
         plan.entry("once", &self.kernel, &args, 1, &outs);
         plan.entry("many", &self.kernel, &args, TIMES, &outs);
-        let mut exe = plan.executable(threads)?;
+        let mut exe = plan.executable(options)?;
         for (i, t) in self.ins.iter().enumerate() {
             set_weight(&mut exe, &format!("in{i}"), t)?;
         }
@@ -119,13 +119,13 @@ fn bits(data: &Data) -> Vec<i64> {
 ///
 /// # Errors
 /// When it cannot be run, or a result is not what it should be.
-pub fn check(subject: &Subject, threads: usize, interpreted: bool) -> Result<Shared> {
-    let other = if threads == 1 { 2 } else { 1 };
-    let mut exe = subject.executable(threads)?;
+pub fn check(subject: &Subject, setup: &Setup, interpreted: bool) -> Result<Shared> {
+    let (threads, other) = (setup.threads, setup.other());
+    let mut exe = subject.executable(&setup.options(threads))?;
     let served: Vec<&str> = exe.module().kernels.iter().map(|k| k.emitter).filter(|&e| e == "interp").collect();
     ensure!(served.is_empty(), "no emitter of machine code serves the kernel");
     let got = subject.results(&mut exe, "once")?;
-    let again = subject.results(&mut subject.executable(other)?, "once")?;
+    let again = subject.results(&mut subject.executable(&setup.options(other))?, "once")?;
     for (i, (a, b)) in got.iter().zip(&again).enumerate() {
         ensure!(bits(a) == bits(b), "result {i} differs between {threads} and {other} threads");
     }
@@ -262,9 +262,9 @@ const FULL_LIMIT: u64 = 100_000_000;
 ///
 /// # Errors
 /// When a kernel cannot be run or gives a wrong answer.
-pub fn run(threads: usize, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
+pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
     progress("peaks");
-    let mut cases = peaks::cases(threads)?;
+    let mut cases = peaks::cases(setup)?;
     let limit = if quick { QUICK_LIMIT } else { FULL_LIMIT };
     for (id, count, peer, op, types) in specs() {
         progress(&format!("check {id}"));
@@ -278,7 +278,7 @@ pub fn run(threads: usize, quick: bool, progress: &mut dyn FnMut(&str)) -> Resul
         };
         let work = amount as f64 * 1e-9;
         let each = (flops.ternary + flops.float) / subject.kernel.grid as u64;
-        let exe = check(&subject, threads, each <= limit).with_context(|| id.clone())?;
+        let exe = check(&subject, setup, each <= limit).with_context(|| id.clone())?;
         let (unit, floor) = match count {
             Count::Ternary => ("GMAC/s", Some((DOT4, 1.0))),
             Count::Mac => ("GMAC/s", Some((FMA, 2.0))),
@@ -290,5 +290,5 @@ pub fn run(threads: usize, quick: bool, progress: &mut dyn FnMut(&str)) -> Resul
         cases.push(Case { floor, peer, ..case });
     }
     let effort = Effort { rounds: if quick { 5 } else { 15 }, burst: peaks::BURST };
-    measure(&mut cases, effort, threads, progress)
+    measure(&mut cases, effort, setup, progress)
 }

@@ -17,9 +17,11 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use chimera_codegen::Target;
 use chimera_runtime::affinity::available_threads;
 use clap::{Parser, ValueEnum};
+use measure::Setup;
 
 /// Measures peaks, kernels and models; the table goes to stdout, progress to stderr.
 #[derive(Debug, Parser)]
@@ -33,6 +35,12 @@ struct Args {
     /// Threads that execute; all that may run at once when absent
     #[arg(long, env = "CHIMERA_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Generate code for this machine, such as x86-64-v3; this one when absent
+    #[arg(long, value_name = "TARGET")]
+    isa: Option<Target>,
+    /// Measure processor time, for machines that do other work too; with one thread only
+    #[arg(long)]
+    processor_time: bool,
     /// Write the rows as a JSON list
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -69,10 +77,13 @@ fn progress() -> impl FnMut(&str) {
 fn main() -> Result<()> {
     let args = Args::parse();
     let threads = args.threads.map_or_else(available_threads, usize::from);
+    ensure!(!args.processor_time || threads == 1, "--processor-time measures one thread, found {threads}: add --threads 1");
+    let target = args.isa.unwrap_or_else(chimera_codegen::host);
+    let setup = Setup { threads, target, processor_time: args.processor_time };
     let mut show = progress();
     let (name, rows) = match args.suite {
-        Suite::Kernels => ("kernels", kernels::run(threads, args.quick, &mut show)?),
-        Suite::Model => ("model", model::run(threads, args.quick, &mut show)?),
+        Suite::Kernels => ("kernels", kernels::run(&setup, args.quick, &mut show)?),
+        Suite::Model => ("model", model::run(&setup, args.quick, &mut show)?),
     };
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[K");

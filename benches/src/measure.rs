@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use chimera_codegen::Target;
+use chimera_runtime::exec::ExecOptions;
 
 use crate::row::Row;
 
@@ -28,6 +30,39 @@ pub struct Case {
     pub run: Box<dyn FnMut() -> Result<()>>,
 }
 
+/// On what to measure, and by which clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Threads that execute.
+    pub threads: usize,
+    /// The machine to generate code for.
+    pub target: Target,
+    /// Processor time of the one thread in place of elapsed time.
+    pub processor_time: bool,
+}
+
+impl Setup {
+    /// How plans are executed on a number of threads.
+    pub fn options(&self, threads: usize) -> ExecOptions {
+        ExecOptions { threads, target: self.target, ..ExecOptions::default() }
+    }
+
+    /// A number of threads that is not the measured one.
+    pub fn other(&self) -> usize {
+        if self.threads == 1 { 2 } else { 1 }
+    }
+
+    /// The time now, from some point on.
+    fn now(&self) -> Duration {
+        if !self.processor_time {
+            static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+            return START.elapsed();
+        }
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+    }
+}
+
 /// How long to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
@@ -44,13 +79,13 @@ pub fn median(mut xs: Vec<f64>) -> f64 {
 }
 
 /// Work by second of one burst.
-fn burst(case: &mut Case, least: Duration) -> Result<f64> {
+fn burst(case: &mut Case, least: Duration, setup: &Setup) -> Result<f64> {
     (case.start)()?;
-    let (start, mut runs) = (Instant::now(), 0u32);
+    let (start, mut runs) = (setup.now(), 0u32);
     loop {
         (case.run)()?;
         runs += 1;
-        let elapsed = start.elapsed();
+        let elapsed = setup.now() - start;
         if elapsed >= least {
             return Ok(case.work * f64::from(runs) / elapsed.as_secs_f64());
         }
@@ -61,12 +96,12 @@ fn burst(case: &mut Case, least: Duration) -> Result<f64> {
 ///
 /// # Errors
 /// When a case fails, or names a row that is not among the cases.
-pub fn measure(cases: &mut [Case], effort: Effort, threads: usize, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
+pub fn measure(cases: &mut [Case], effort: Effort, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
     let mut samples = vec![vec![]; cases.len()];
     for round in 1..=effort.rounds {
         for (case, samples) in cases.iter_mut().zip(&mut samples) {
             progress(&format!("round {round} of {}: {}", effort.rounds, case.id));
-            samples.push(burst(case, effort.burst).with_context(|| case.id.clone())?);
+            samples.push(burst(case, effort.burst, setup).with_context(|| case.id.clone())?);
         }
     }
     let values: Vec<f64> = samples.into_iter().map(median).collect();
@@ -77,7 +112,7 @@ pub fn measure(cases: &mut [Case], effort: Effort, threads: usize, progress: &mu
         .iter()
         .zip(&values)
         .map(|(case, &value)| {
-            let mut row = Row::plain(&case.id, value, case.unit, threads);
+            let mut row = Row::plain(&case.id, value, case.unit, setup.threads);
             if !case.floor.is_empty() {
                 let seconds: f64 = case.floor.iter().map(|(id, work)| Ok(work / find(id)?)).sum::<Result<f64>>()?;
                 let peak = case.work / seconds;

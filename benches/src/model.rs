@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use chimera_codegen::{Allowed, host};
+use chimera_codegen::Allowed;
 use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{Overrides, Scale, preset};
 use chimera_ir::DType;
@@ -17,7 +17,7 @@ use chimera_runtime::text::Batch;
 use chimera_runtime::train::{Trainer, init};
 
 use crate::machine;
-use crate::measure::{Case, Effort, measure, median};
+use crate::measure::{Case, Effort, Setup, measure, median};
 use crate::peaks::{self, DOT4, FMA};
 use crate::row::Row;
 
@@ -59,7 +59,7 @@ fn milliseconds<T>(times: usize, mut f: impl FnMut() -> Result<T>) -> Result<(T,
 }
 
 /// A plan, and the rows that its making gave.
-fn plan_of(w: &Workload, times: usize, rows: &mut Vec<Row>) -> Result<(Plan, usize)> {
+fn plan_of(w: &Workload, setup: &Setup, times: usize, rows: &mut Vec<Row>) -> Result<(Plan, usize)> {
     let model = preset(w.scale, &Overrides::default())?.model;
     let balance = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
     let rule = UpdateRule { balance, ..UpdateRule::default() };
@@ -71,10 +71,10 @@ fn plan_of(w: &Workload, times: usize, rows: &mut Vec<Row>) -> Result<(Plan, usi
         spec(EntryKind::Prefill, 1, w.tokens),
         spec(EntryKind::Decode, 1, 1),
     ];
-    let options = Options { target: host().to_string(), entries, ..Options::default() };
+    let options = Options { target: setup.target.to_string(), entries, ..Options::default() };
     let (plan, ms) = milliseconds(times, || Ok(compile(&model, &options)?))?;
     rows.push(Row::plain(format!("compile.{}", w.scale), ms, "ms", 1));
-    let emit = || Ok(chimera_codegen::compile(&plan.kernels, &host(), &Allowed::all())?);
+    let emit = || Ok(chimera_codegen::compile(&plan.kernels, &setup.target, &Allowed::all())?);
     let (module, ms) = milliseconds(times, emit)?;
     // Emission uses all cores, whatever the number of threads that execute.
     rows.push(Row::plain(
@@ -96,8 +96,8 @@ fn batch(rows: usize, seq: usize, vocab: usize) -> Batch {
 }
 
 /// An executable with initial weights and inputs.
-fn trainer(plan: &Plan, batch: &Batch, threads: usize) -> Result<Trainer> {
-    let mut exe = Executable::new(plan.clone(), &ExecOptions { threads, ..ExecOptions::default() })?;
+fn trainer(plan: &Plan, batch: &Batch, options: &ExecOptions) -> Result<Trainer> {
+    let mut exe = Executable::new(plan.clone(), options)?;
     init::initialise(&mut exe, SEED)?;
     for (entry, tokens) in [("prefill", batch.seq), ("decode", 1)] {
         exe.set_input(entry, "tokens", &batch.tokens[..tokens])?;
@@ -183,17 +183,17 @@ fn macs(case: &Case) -> f64 {
 /// The cases of one model; `rows` receives what is measured once.
 fn cases(
     w: &Workload,
-    threads: usize,
+    setup: &Setup,
     times: usize,
     rows: &mut Vec<Row>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Case>> {
-    let name = w.scale.name();
+    let (name, threads, other) = (w.scale.name(), setup.threads, setup.other());
     progress(&format!("compile {name}"));
-    let (plan, vocab) = plan_of(w, times, rows)?;
+    let (plan, vocab) = plan_of(w, setup, times, rows)?;
     let input = batch(w.rows, w.tokens, vocab);
     let before = machine::resident();
-    let mut session = trainer(&plan, &input, threads)?;
+    let mut session = trainer(&plan, &input, &setup.options(setup.threads))?;
     progress(&format!("check {name}"));
     let got = answers(&mut session, &input)?;
     if let (Some(before), Some(after)) = (before, machine::resident()) {
@@ -206,9 +206,8 @@ fn cases(
     let weights = plan.weights.iter().filter(|x| x.kind != WeightKind::Optimizer);
     let parameters: usize = weights.map(|x| x.ty.numel()).sum();
     rows.push(Row::plain(format!("parameters.{name}"), parameters as f64 * 1e-6, "million", threads));
-    let other = if threads == 1 { 2 } else { 1 };
     ensure!(
-        got == answers(&mut trainer(&plan, &input, other)?, &input)?,
+        got == answers(&mut trainer(&plan, &input, &setup.options(other))?, &input)?,
         "answers differ between {threads} and {other} threads"
     );
     let session: Session = Rc::new(RefCell::new(session));
@@ -271,20 +270,20 @@ fn derived(cases: &[Case], rows: &[Row]) -> Vec<Row> {
 ///
 /// # Errors
 /// When a model cannot be compiled or run, or gives a wrong answer.
-pub fn run(threads: usize, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
+pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
     let mut once = vec![];
     let mut all = vec![];
     let times = if quick { 1 } else { 5 };
     for w in &WORKLOADS {
-        all.extend(cases(w, threads, times, &mut once, progress).with_context(|| w.scale.to_string())?);
+        all.extend(cases(w, setup, times, &mut once, progress).with_context(|| w.scale.to_string())?);
     }
     progress("peaks");
-    all.extend(peaks::cases(threads)?);
+    all.extend(peaks::cases(setup)?);
     let effort = match quick {
         true => Effort { rounds: 3, burst: Duration::from_millis(100) },
         false => Effort { rounds: 9, burst: Duration::from_millis(500) },
     };
-    let rows = measure(&mut all, effort, threads, progress)?;
+    let rows = measure(&mut all, effort, setup, progress)?;
     let mut out = derived(&all, &rows);
     out.extend(once);
     Ok(out)

@@ -74,14 +74,14 @@ impl PlanBuilder {
         });
     }
 
-    /// The plan on a number of threads.
+    /// The plan, ready to run.
     ///
     /// # Errors
     /// When it cannot be executed here.
-    pub fn executable(&self, threads: usize) -> Result<Executable> {
+    pub fn executable(&self, options: &ExecOptions) -> Result<Executable> {
         let mut plan = self.plan.clone();
         plan.entries.iter_mut().for_each(|e| e.arena = self.arena);
-        Ok(Executable::new(plan, &ExecOptions { threads, ..ExecOptions::default() })?)
+        Ok(Executable::new(plan, options)?)
     }
 }
 

@@ -18,14 +18,6 @@ pub(super) fn widest(target: &Target) -> Width {
     }
 }
 
-/// Does the target have `Dot`, at every width up to the widest?
-pub(super) fn has_dot(target: &Target) -> bool {
-    match widest(target) {
-        Width::Z => target.has(Feature::Avx512Vnni),
-        _ => target.has(Feature::AvxVnni),
-    }
-}
-
 /// Machine code for a function. Operations may be added to its pool and registers to it, its body stays.
 ///
 /// # Errors
@@ -57,7 +49,7 @@ pub(super) fn emit_within(f: &mut Function, target: &Target, available: Option<A
     let registers = if evex && (evex_dot || !lines.dots) { 32 } else { 16 };
     let alloc = allocate(f, &lines, available.unwrap_or(Available::all(registers)))?;
     let widest = lines.widest;
-    let asm = Asm::with_capacity(lines.lines.len() * 8 + 128);
+    let asm = Asm::with_capacity(lines.lines.len() * 16 + 256);
     let mut e = Emit { f, alloc: &alloc, asm, widest, evex, vex_dot };
     e.enter();
     e.body(&lines.lines)?;

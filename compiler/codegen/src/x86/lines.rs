@@ -26,7 +26,6 @@ pub(super) enum Line {
         size: Size,
         a: Reg,
         b: IntArg,
-        other: bool,
     },
     Else,
     EndIf,
@@ -63,10 +62,21 @@ pub(super) fn lane_width(lane: Size) -> Width {
 /// Put the body in program order.
 pub(super) fn flatten(f: &mut Function) -> Lines {
     let body = std::mem::take(&mut f.body);
-    let mut out = Lines { lines: Vec::with_capacity(64), widest: Width::X, divides: false, dots: false };
+    let mut out =
+        Lines { lines: Vec::with_capacity(size(&body) * 9 / 8), widest: Width::X, divides: false, dots: false };
     block(f, &body, &mut out);
     f.body = body;
     out
+}
+
+/// About the number of lines.
+fn size(nodes: &[Node]) -> usize {
+    let one = |node: &Node| match node {
+        Node::Op(_) => 1,
+        Node::Loop(l) => size(&l.body) + 2,
+        Node::Branch(b) => size(&b.then) + size(&b.other) + 3,
+    };
+    nodes.iter().map(one).sum()
 }
 
 /// Returns whether there was a loop.
@@ -86,10 +96,9 @@ fn block(f: &mut Function, nodes: &[Node], out: &mut Lines) -> bool {
                 out.lines.push(Line::Bottom { counter, step: l.step, end });
             }
             Node::Branch(b) => {
-                let other = !b.other.is_empty();
-                out.lines.push(Line::If { cond: b.cond, size: b.size, a: b.a, b: b.b, other });
+                out.lines.push(Line::If { cond: b.cond, size: b.size, a: b.a, b: b.b });
                 loops |= block(f, &b.then, out);
-                if other {
+                if !b.other.is_empty() {
                     out.lines.push(Line::Else);
                     loops |= block(f, &b.other, out);
                 }

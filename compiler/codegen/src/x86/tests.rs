@@ -2,9 +2,12 @@
 //!
 //! Every function runs with all registers, with few, with none and, where there are EVEX prefixes, with those only these reach.
 
+mod arithmetic;
 mod control;
 mod random;
 mod vectors;
+
+use iced_x86::{Decoder, DecoderOptions, Register};
 
 use super::alloc::Available;
 use super::encode::emit_within;
@@ -72,13 +75,15 @@ fn run(bytes: &[u8], target: &Target, args: [i64; 4]) {
 struct Build {
     f: Function,
     nodes: Vec<Node>,
+    /// No instruction may read more bytes of the input.
+    limit: usize,
 }
 
 impl Build {
     fn new() -> Build {
         let mut f = Function::default();
         f.args = (0..4).map(|_| f.reg(Class::Int)).collect();
-        Build { f, nodes: vec![] }
+        Build { f, nodes: vec![], limit: 64 }
     }
 
     fn int(&mut self) -> Reg {
@@ -106,6 +111,11 @@ impl Build {
         self.f.body = std::mem::take(&mut self.nodes);
         for available in choices(target) {
             let bytes = code(&mut self.f, target, available);
+            for i in &mut Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE) {
+                // With all registers the pointer to the input stays where it arrives.
+                let reads = available.ints.count_ones() > 8 && i.memory_base() == Register::RDI;
+                assert!(!reads || i.memory_size().size() <= self.limit, "{i:?} reads beyond {} bytes", self.limit);
+            }
             let mut output = vec![0xa5u8; 4096];
             run(&bytes, target, [input.as_ptr() as i64, output.as_mut_ptr() as i64, numbers[0], numbers[1]]);
             check(&output, &format!("{target} {available:x?}"));

@@ -10,20 +10,22 @@ use crate::{
     lower::Lower,
     ops::{
         pack_ternary::BLOCK_ROWS,
-        row_tiles::{Instances, TILE, row_tiles},
+        row_tiles::{Instances, row_tiles},
     },
 };
 
 /// Rows of an instance that unpacks into a panel.
-const PANEL_ROWS: usize = 128;
+const PANEL_ROWS: usize = 126;
+/// Rows of a register tile on a panel: with two vectors of weight rows they keep all sums in 16 registers.
+const PANEL_TILE: usize = 6;
 /// From this many rows for each group of weights on, a panel pays.
 const PANEL_FROM: usize = 12;
 /// Words of one half of a block for four columns.
 const HALF: usize = BLOCK_ROWS / 2;
 /// Instances that keep the threads of a small machine busy.
-const INSTANCES: usize = 8;
+const INSTANCES: usize = 4;
 /// Weight blocks of an instance share the sums of its rows.
-const BLOCKS: usize = 4;
+const BLOCKS: usize = 16;
 
 /// How the rows of one instance are worked on.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +47,7 @@ impl Tiling {
         let (extent, leads) = if op.grouped_rows { (s.rows, 1) } else { (usual, s.groups) };
         let panel = usual >= PANEL_FROM;
         let (most, tile) = match (panel, usual) {
-            (true, _) => (PANEL_ROWS, TILE),
+            (true, _) => (PANEL_ROWS, PANEL_TILE),
             (false, 0 | 1) => (PANEL_FROM, 1),
             (false, _) => (PANEL_FROM, 2),
         };
@@ -71,11 +73,12 @@ struct Parts<'a> {
     sums: Buf,
     /// Scales of the current block of each weight, `[weight][group][32]`.
     alpha: Buf,
-    /// Unpacked codes of the current block of each weight, words `[weight][half][np / 4][q][4]`: lane `l` of half `h` is row `8 q + 4 h + l`,
-    /// so that each half is read from end to end.
+    /// Unpacked codes of the current block of each weight, words `[weight][half][np / 4][16]`: lane `l` of half `h` is row `16 h + l`.
     panel: Buf,
     /// Results of a register tile, `[weight][row][32]`.
     tile: Buf,
+    /// Sums within a weight group, `[row][32]`.
+    part: Buf,
 }
 
 pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
@@ -107,6 +110,7 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
         alpha: cx.b.scratch("alpha", DType::F32, n * s.nb * BLOCK_ROWS),
         panel: cx.b.scratch("panel", DType::I32, panel),
         tile: cx.b.scratch("tile", DType::F32, n * t.tile * BLOCK_ROWS),
+        part: cx.b.scratch("part", DType::F32, t.tile * BLOCK_ROWS),
     };
     let offsets = types.last().filter(|_| op.grouped_rows);
     let instances = Instances {
@@ -128,8 +132,8 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
     });
 }
 
-/// The codes of word `k` for four weight rows of a block by lane.
-type Codes<'f> = &'f dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> [Expr; 4];
+/// The codes of word `k` by lane: those of one weight row, or of four with eight rows between them.
+type Codes<'f> = &'f dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> Vec<Expr>;
 
 /// The codes of four columns of one row of group `q` of a packed word.
 fn unpack(word: &Expr, q: usize) -> Expr {
@@ -138,13 +142,13 @@ fn unpack(word: &Expr, q: usize) -> Expr {
 }
 
 impl Parts<'_> {
-    /// Sum the codes of every piece of the rows `lo .. hi`.
+    /// Sum the codes of every piece of the rows `lo .. hi`, and negate.
     fn row_sums(&self, cx: &mut Lower<'_>, lo: &Expr, hi: &Expr) {
         let s = self.s;
         let piece = |cx: &mut Lower<'_>, row: &Expr, c: &Expr, words: usize| {
             let from = cx.b.bind(row * (s.np / 4) + c * (s.piece / 4));
             let sum = cx.sum(0, words, |_, k| i32c(0).dot4(i32c(0x0101_0101), Expr::word(self.codes, &from + k)));
-            cx.b.store(self.sums, (row - lo) * s.pieces() + c, sum);
+            cx.b.store(self.sums, (row - lo) * s.pieces() + c, -sum);
         };
         cx.each(lo, hi, |cx, row| {
             let last = s.pieces() - 1;
@@ -177,15 +181,13 @@ impl Parts<'_> {
                 let to = w * s.np / 4 * BLOCK_ROWS;
                 cx.each(0, s.np / 4, |cx, k| {
                     let (from, to) = (cx.b.bind(&from + &k * 8), cx.b.bind(k * HALF + to));
-                    for half in 0..2 {
-                        let to = cx.b.bind(&to + half * (s.np / 4 * HALF));
-                        cx.lanes(0, 4, 1, |cx, lane| {
-                            let word = cx.b.bind(Expr::word(packed, &from + &lane + 4 * half));
-                            for q in 0..4 {
-                                cx.b.store(self.panel, &to + &lane + 4 * q, unpack(&word, q));
-                            }
-                        });
-                    }
+                    cx.lanes(0, 8, 1, |cx, lane| {
+                        let word = cx.b.bind(Expr::word(packed, &from + &lane));
+                        for q in 0..4 {
+                            let to = &to + q / 2 * (s.np / 4 * HALF) + q % 2 * 8;
+                            cx.b.store(self.panel, to + &lane, unpack(&word, q));
+                        }
+                    });
                 });
             }
         }
@@ -198,6 +200,7 @@ impl Parts<'_> {
 
     /// Rows `row .. row + rows` against block `ob` of all weights.
     fn tile(&self, cx: &mut Lower<'_>, g: &Expr, ob: &Expr, first: &Expr, row: &Expr, rows: usize) {
+        let s = self.s;
         let at = |cx: &mut Lower<'_>, e: Expr| cx.b.bind(e);
         let x = at(cx, row * (self.s.np / 4));
         let a = at(cx, row * self.s.nc);
@@ -206,23 +209,19 @@ impl Parts<'_> {
             let base = [&x, &a, &sums];
             if self.t.panel {
                 cx.each(0, 2, |cx, half| {
-                    let from = cx.b.bind(&half * (self.s.np / 4 * HALF) + w * (self.s.np / 4 * BLOCK_ROWS));
-                    let first = cx.b.bind(half * 4);
-                    let codes: Codes<'_> = &|cx, k, lane| {
-                        let at = cx.b.bind(k * HALF + lane + &from);
-                        std::array::from_fn(|q| Expr::load(self.panel, &at + 4 * q))
-                    };
-                    cx.lanes(0, 4, 1, |cx, lane| self.chains(cx, w, rows, base, [&lane, &first], codes));
+                    let from = cx.b.bind(&half * (s.np / 4 * HALF) + w * (s.np / 4 * BLOCK_ROWS));
+                    let first = cx.b.bind(half * HALF);
+                    let codes: Codes<'_> = &|_, k, lane| vec![Expr::load(self.panel, k * HALF + lane + &from)];
+                    cx.lanes(0, HALF, 2, |cx, lane| self.chains(cx, w, rows, base, [&lane, &first], codes));
                 });
                 continue;
             }
             let from = cx.b.bind(self.packed_base(g, ob));
             let codes: Codes<'_> = &|cx, k, lane| {
                 let word = cx.b.bind(Expr::word(self.weights[w].0, k * 8 + lane + &from));
-                std::array::from_fn(|q| unpack(&word, q))
+                (0..4).map(|q| unpack(&word, q)).collect()
             };
-            let vectors = if rows == 1 { 2 } else { 1 };
-            cx.lanes(0, 8, vectors, |cx, lane| self.chains(cx, w, rows, base, [&lane, &int(0)], codes));
+            cx.lanes(0, 8, 1, |cx, lane| self.chains(cx, w, rows, base, [&lane, &int(0)], codes));
         }
         let n = self.op.m;
         let col = cx.b.bind(ob * BLOCK_ROWS);
@@ -237,8 +236,8 @@ impl Parts<'_> {
         }
     }
 
-    /// All chains of one lane: `rows` rows times the weight rows `8 q + first + lane` of weight `w`. `base` are the first word, scale
-    /// and sum of the first row.
+    /// All chains of one lane: `rows` rows times the weight rows `first + lane + 8 q` of weight `w`. `base` are the first word, scale
+    /// and sum of the first row. What is carried from piece to piece is in memory: registers are for the products.
     fn chains(
         &self,
         cx: &mut Lower<'_>,
@@ -249,57 +248,99 @@ impl Parts<'_> {
         codes: Codes<'_>,
     ) {
         let s = self.s;
-        let [x, a, sums] = base;
-        let each = || (0..rows).flat_map(|r| (0..4).map(move |q| (r, q)));
-        let y: Vec<_> = each().map(|_| cx.b.local(f32c(0.0))).collect();
-        // The pieces of group `b`; `last` says how many words the last piece has.
-        let group = |cx: &mut Lower<'_>, b: &Expr, pieces: usize, last: usize| {
-            let sum: Vec<_> = each().map(|_| cx.b.local(f32c(0.0))).collect();
-            let piece = |cx: &mut Lower<'_>, c: &Expr, words: usize| {
-                let c = cx.b.bind(b * s.span + c);
-                // Codes are one above the weights, so the sum of the activations comes off.
-                let p: Vec<_> =
-                    each().map(|(r, _)| cx.b.local(-Expr::load(self.sums, sums + &c + r * s.pieces()))).collect();
-                let k0 = cx.b.bind(&c * (s.piece / 4));
-                cx.each(0, words, |cx, k| {
-                    let k = cx.b.bind(&k0 + k);
-                    let codes = codes(cx, &k, lane);
-                    // The words of all rows and one vector of codes leave room for three rows of sums in 16 registers.
-                    let word = |r: usize| Expr::word(self.codes, x + &k + r * (s.np / 4));
-                    let words: Vec<Expr> = (0..rows).map(|r| cx.b.bind(word(r))).collect();
-                    for (q, code) in codes.into_iter().enumerate() {
-                        let code = cx.b.bind(code);
-                        for (r, word) in words.iter().enumerate() {
-                            let p = p[4 * r + q];
-                            cx.b.set(p, Expr::from(p).dot4(&code, word));
-                        }
-                    }
-                });
-                for (i, (r, _)) in each().enumerate() {
-                    let scale = if self.op.block == 0 { int(0) } else { c.clone() };
-                    let scale = Expr::load(self.scales, a + scale + r * s.nc);
-                    cx.b.set(sum[i], scale.fma(Expr::from(p[i]).cast(Ty::F32), sum[i]));
-                }
-            };
-            let full = if last == s.piece / 4 { pieces } else { pieces - 1 };
-            cx.each(0, full, |cx, c| piece(cx, &c, s.piece / 4));
-            if full < pieces {
-                piece(cx, &int(full), last);
-            }
-            for (i, (_, q)) in each().enumerate() {
-                let alpha = Expr::load(self.alpha, (b + w * s.nb) * BLOCK_ROWS + first + lane + 8 * q);
-                cx.b.set(y[i], alpha.fma(sum[i], y[i]));
-            }
-        };
+        let at = cx.b.bind(first + lane);
+        let chains = Chains { parts: self, w, rows, base, lane, at: &at, codes };
+        for (r, q) in chains.each() {
+            cx.b.store(self.tile, chains.result(r, q), f32c(0.0));
+        }
         let last = s.of_group(s.nb - 1);
         let words = s.words(last.end - 1);
         let full = if last.len() == s.span && words == s.piece / 4 { s.nb } else { s.nb - 1 };
-        cx.each(0, full, |cx, b| group(cx, &b, s.span, s.piece / 4));
+        cx.each(0, full, |cx, b| chains.group(cx, &b, s.span, s.piece / 4));
         if full < s.nb {
-            group(cx, &int(full), last.len(), words);
+            chains.group(cx, &int(full), last.len(), words);
         }
-        for (i, (r, q)) in each().enumerate() {
-            cx.b.store(self.tile, first + lane + (w * self.t.tile + r) * BLOCK_ROWS + 8 * q, y[i]);
+    }
+}
+
+/// The chains of one lane.
+struct Chains<'a> {
+    parts: &'a Parts<'a>,
+    w: usize,
+    rows: usize,
+    base: [&'a Expr; 3],
+    lane: &'a Expr,
+    at: &'a Expr,
+    codes: Codes<'a>,
+}
+
+impl Chains<'_> {
+    /// Rows of the tile, and steps of eight weight rows.
+    fn each(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let per = if self.parts.t.panel { 1 } else { 4 };
+        (0..self.rows).flat_map(move |r| (0..per).map(move |q| (r, q)))
+    }
+
+    fn result(&self, r: usize, q: usize) -> Expr {
+        self.at + (self.w * self.parts.t.tile + r) * BLOCK_ROWS + 8 * q
+    }
+
+    fn part(&self, r: usize, q: usize) -> Expr {
+        self.at + r * BLOCK_ROWS + 8 * q
+    }
+
+    /// The pieces of weight group `b`; the last one has `last` words.
+    fn group(&self, cx: &mut Lower<'_>, b: &Expr, pieces: usize, last: usize) {
+        let whole = self.parts.s.piece / 4;
+        let words = |c: usize| if c + 1 == pieces { last } else { whole };
+        if pieces <= 2 {
+            return (0..pieces).for_each(|c| self.piece(cx, b, &int(c), words(c), [c == 0, c + 1 == pieces]));
+        }
+        self.piece(cx, b, &int(0), whole, [true, false]);
+        cx.each(1, pieces - 1, |cx, c| self.piece(cx, b, &c, whole, [false, false]));
+        self.piece(cx, b, &int(pieces - 1), last, [false, true]);
+    }
+
+    fn piece(&self, cx: &mut Lower<'_>, b: &Expr, c: &Expr, words: usize, [is_first, is_last]: [bool; 2]) {
+        let (s, parts) = (self.parts.s, self.parts);
+        let [x, a, sums] = self.base;
+        let c = cx.b.bind(b * s.span + c);
+        let products: Vec<_> = self.each().map(|_| cx.b.local(i32c(0))).collect();
+        let k0 = cx.b.bind(&c * (s.piece / 4));
+        cx.each(0, words, |cx, k| {
+            let k = cx.b.bind(&k0 + k);
+            let word = |r: usize| Expr::word(parts.codes, x + &k + r * (s.np / 4));
+            let codes = (self.codes)(cx, &k, self.lane);
+            if let [code] = &codes[..] {
+                let code = cx.b.bind(code);
+                for (r, &p) in products.iter().enumerate() {
+                    cx.b.set(p, Expr::from(p).dot4(&code, word(r)));
+                }
+                return;
+            }
+            let words: Vec<Expr> = (0..self.rows).map(|r| cx.b.bind(word(r))).collect();
+            for (q, code) in codes.into_iter().enumerate() {
+                let code = cx.b.bind(code);
+                for (r, word) in words.iter().enumerate() {
+                    let p = products[4 * r + q];
+                    cx.b.set(p, Expr::from(p).dot4(&code, word));
+                }
+            }
+        });
+        for (i, (r, q)) in self.each().enumerate() {
+            let scale = if parts.op.block == 0 { int(0) } else { c.clone() };
+            let scale = Expr::load(parts.scales, a + scale + r * s.nc);
+            // Codes are one above the weights, so the sum of the activations comes off.
+            let product = Expr::from(products[i]) + Expr::load(parts.sums, sums + &c + r * s.pieces());
+            let before = if is_first { f32c(0.0) } else { Expr::load(parts.part, self.part(r, q)) };
+            let sum = scale.fma(product.cast(Ty::F32), before);
+            if !is_last {
+                cx.b.store(parts.part, self.part(r, q), sum);
+                continue;
+            }
+            let alpha = Expr::load(parts.alpha, (b + self.w * s.nb) * BLOCK_ROWS + self.at + 8 * q);
+            let y = alpha.fma(sum, Expr::load(parts.tile, self.result(r, q)));
+            cx.b.store(parts.tile, self.result(r, q), y);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Codes are at most 3, so one step adds at most `2 * 3 * 128` to a sum of 16 bits: [`STEPS`] steps are exact, and exact sums may be
 //! formed in any order.
 
-use chimera_ir::loops::{Expr, Stmt, Var};
+use chimera_ir::loops::{Expr, Stmt, Ty, Var};
 
 use super::super::build::NEW;
 use super::super::flat::{Class, Op, Reg, VecArg, VecOp};
@@ -12,14 +12,16 @@ use crate::shape::Shape;
 use crate::walk::{self, Counts};
 
 /// Steps that cannot overflow: `42 * 768 < 2^15`.
-const STEPS: i64 = 32;
+const STEPS: i64 = 42;
+/// Steps of a part of a longer loop.
+const PART: i64 = 32;
 
 impl Lower<'_> {
     /// Lower the loop in this way, if it is one whose byte products deserve it.
     pub(super) fn dots_loop(
         &mut self,
         var: Var,
-        (lo, _): (Bound, Bound),
+        lo: Bound,
         trips: Option<i64>,
         step: i64,
         body: &[Stmt],
@@ -29,26 +31,62 @@ impl Lower<'_> {
         if sums.is_empty() {
             return false;
         }
-        let full = trips / STEPS;
-        let piece = step * STEPS;
-        let mut at = lo;
-        if full > 0 {
-            let end = self.further(lo, full * piece);
-            at = self.counted(var, lo, end, Some(full), piece, &mut |lower| {
-                let from = match &lower.slots[var.0 as usize] {
-                    Slot::Form(l) if l.terms.is_empty() => Bound::Lit(l.konst),
-                    Slot::Form(l) => Bound::Val(l.terms[0].1),
-                    slot => unreachable!("a loop variable is a form, not {slot:?}"),
-                };
-                let outer = lower.slots[var.0 as usize].clone();
-                lower.in_halves(var, from, STEPS, step, body, &sums);
-                lower.slots[var.0 as usize] = outer;
-            });
+        self.keep_zeros(|v| trips <= STEPS && sums.contains(&v));
+        if trips <= STEPS {
+            self.in_halves(var, lo, trips, step, body, &sums);
+            return true;
         }
-        if trips % STEPS > 0 {
-            self.in_halves(var, at, trips % STEPS, step, body, &sums);
+        let full = trips / PART;
+        let end = self.further(lo, full * PART * step);
+        let at = self.counted(var, lo, end, Some(full), PART * step, &mut |lower| {
+            let outer = lower.slots[var.0 as usize].clone();
+            let from = match &outer {
+                Slot::Form(l) if l.terms.is_empty() => Bound::Lit(l.konst),
+                Slot::Form(l) => Bound::Val(l.terms[0].1),
+                slot => unreachable!("a loop variable is a form, not {slot:?}"),
+            };
+            lower.in_halves(var, from, PART, step, body, &sums);
+            lower.slots[var.0 as usize] = outer;
+        });
+        if trips % PART > 0 {
+            self.in_halves(var, at, trips % PART, step, body, &sums);
         }
         true
+    }
+
+    /// Give registers to the variables that are zero, except where `keep` says that they need none.
+    pub(super) fn keep_zeros(&mut self, keep: impl Fn(Var) -> bool) {
+        for v in std::mem::take(&mut self.zeros) {
+            if keep(v) {
+                self.zeros.push(v);
+                continue;
+            }
+            let n = self.width() / self.per(Ty::I32);
+            let kept = match &self.slots[v.0 as usize] {
+                Slot::Vector(rs) => rs.clone(),
+                _ => (0..n).map(|_| self.b.mutable(Class::Vec)).collect(),
+            };
+            kept.iter().for_each(|&d| self.b.push(Op::VecZero { d }));
+            self.slots[v.0 as usize] = Slot::Vector(kept);
+        }
+    }
+
+    /// Give registers to the variables that are zero and that a statement uses; loops decide on their own.
+    pub(super) fn settle_zeros(&mut self, s: &Stmt) {
+        let adds = |s: &Stmt| matches!(s, Stmt::Let(v, _) if self.halves[v.0 as usize].is_some());
+        if self.zeros.is_empty() || matches!(s, Stmt::For { .. }) || adds(s) {
+            return;
+        }
+        let mut used = matches!(s, Stmt::If(..) | Stmt::Reduce { .. });
+        walk::exprs(std::slice::from_ref(s), &mut |e| {
+            used |= matches!(e, Expr::Var(v) if self.zeros.contains(v));
+        });
+        if let Stmt::Let(v, _) = s {
+            self.zeros.retain(|z| z != v);
+        }
+        if used {
+            self.keep_zeros(|_| false);
+        }
     }
 
     /// Variables that the loop changes only by adding byte products once.
@@ -68,25 +106,29 @@ impl Lower<'_> {
     }
 
     fn in_halves(&mut self, var: Var, lo: Bound, trips: i64, step: i64, body: &[Stmt], sums: &[Var]) {
+        let n = self.width() / self.per(Ty::I32);
         for v in sums {
-            let n = self.width() / self.per(chimera_ir::loops::Ty::I32);
-            let halves: Vec<Reg> = (0..n).map(|_| self.b.mutable(Class::Vec)).collect();
-            halves.iter().for_each(|&d| self.b.push(Op::VecZero { d }));
-            self.halves[v.0 as usize] = Some(halves);
+            self.halves[v.0 as usize] = Some((0..n).map(|_| self.b.mutable(Class::Vec)).collect());
         }
+        // The first step sets what the others add to.
+        self.fresh = true;
+        let end = self.further(lo, step);
+        let at = self.counted(var, lo, end, Some(1), step, &mut |lower| lower.block(body));
+        self.fresh = false;
         let end = self.further(lo, trips * step);
-        self.counted(var, lo, end, Some(trips), step, &mut |lower| lower.block(body));
+        self.counted(var, at, end, Some(trips - 1), step, &mut |lower| lower.block(body));
         for v in sums {
             let Some(halves) = self.halves[v.0 as usize].take() else { continue };
-            let w = self.w(chimera_ir::loops::Ty::I32);
-            let old = self.vector(&Expr::Var(*v));
-            let add = |lower: &mut Self, x: Reg, half: Reg| {
-                let sums = lower.sum_pairs(w, half);
-                let op = Op::Vec { op: VecOp::AddI32, w, d: NEW, a: x, b: VecArg::Reg(sums) };
-                lower.b.here(Class::Vec, op)
-            };
+            let w = self.w(Ty::I32);
+            let zero = self.zeros.contains(v);
+            self.zeros.retain(|z| z != v);
             let since = self.b.now();
-            let new = old.iter().zip(halves).map(|(&x, half)| add(self, x, half)).collect();
+            let mut new: Vec<Reg> = halves.into_iter().map(|half| self.sum_pairs(w, half)).collect();
+            if !zero {
+                let old = self.vector(&Expr::Var(*v));
+                let add = |a, b| Op::Vec { op: VecOp::AddI32, w, d: NEW, a, b: VecArg::Reg(b) };
+                new = old.iter().zip(new).map(|(&x, y)| self.b.here(Class::Vec, add(x, y))).collect();
+            }
             let kept = self.overwrite(*v, Class::Vec, new, since);
             self.slots[v.0 as usize] = Slot::Vector(kept);
         }
@@ -96,12 +138,18 @@ impl Lower<'_> {
     pub(super) fn add_halves(&mut self, v: Var, e: &Expr) -> bool {
         let Some(halves) = self.halves[v.0 as usize].clone() else { return false };
         let Expr::Dot4(_, codes, bytes) = e else { unreachable!("found by its shape") };
-        let w = self.w(chimera_ir::loops::Ty::I32);
-        let (codes, bytes) = (self.vector(codes), self.vector(bytes));
+        let w = self.w(Ty::I32);
+        let (codes, bytes) = (self.vector(codes), self.args(bytes));
         for (n, &d) in halves.iter().enumerate() {
-            let op = Op::Vec { op: VecOp::MulAddU8I8, w, d: NEW, a: codes[n], b: VecArg::Reg(bytes[n]) };
-            let pairs = self.b.pure(Class::Vec, op);
-            self.b.push(Op::Vec { op: VecOp::AddI16, w, d, a: d, b: VecArg::Reg(pairs) });
+            let since = self.b.now();
+            let b = bytes[if bytes.len() == 1 { 0 } else { n }];
+            let op = Op::Vec { op: VecOp::MulAddU8I8, w, d: NEW, a: codes[n], b };
+            let pairs = self.b.pure_unless_memory(op);
+            if self.fresh {
+                self.b.assign(Class::Vec, d, pairs, since);
+            } else {
+                self.b.push(Op::Vec { op: VecOp::AddI16, w, d, a: d, b: VecArg::Reg(pairs) });
+            }
         }
         true
     }

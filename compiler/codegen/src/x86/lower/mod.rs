@@ -70,8 +70,11 @@ struct Lower<'k> {
     has_dot: bool,
     /// Width of the widest vectors.
     widest: Width,
-    /// Sums of 16 bits that stand for what a loop adds to a variable.
+    /// Sums of 16 bits that stand for what a loop adds to a variable, and whether they are empty yet.
     halves: Vec<Option<Vec<Reg>>>,
+    fresh: bool,
+    /// Variables that are zero in all lanes and have no registers yet.
+    zeros: Vec<Var>,
     /// Frame memory: stripes of the accumulators of a reduction, then lanes on their way between vectors and scalars.
     stripes: Vec<i32>,
     transit: [Option<i32>; 2],
@@ -123,6 +126,8 @@ pub(super) fn lower(kernel: &Kernel, target: &Target) -> Function {
         has_dot: super::has_dot(target),
         widest: super::widest(target),
         halves: vec![None; n],
+        fresh: false,
+        zeros: vec![],
         stripes: vec![],
         transit: [None; 2],
     };
@@ -162,6 +167,7 @@ impl Lower<'_> {
     }
 
     fn stmt(&mut self, s: &Stmt) {
+        self.settle_zeros(s);
         match s {
             Stmt::Let(v, e) => self.assign(*v, e),
             Stmt::Store(b, i, e) if self.wide.is_some() => self.scatter(*b, i, e),
@@ -173,7 +179,8 @@ impl Lower<'_> {
                 let trips = self.extent(lo, hi).map(|n| (n + step - 1).div_euclid(*step));
                 self.facts[var.0 as usize] = Fact::counting(Fact::of(lo, &self.facts), *step);
                 let (lo, hi) = (self.bound(lo), self.bound(hi));
-                if !self.dots_loop(*var, (lo, hi), trips, *step, body) {
+                if !self.dots_loop(*var, lo, trips, *step, body) {
+                    self.keep_zeros(|_| false);
                     self.counted(*var, lo, hi, trips, *step, &mut |lower| lower.block(body));
                 }
             }
@@ -197,6 +204,9 @@ impl Lower<'_> {
         }
         let since = self.b.now();
         let shape = self.wide.as_ref().map(|w| w.lanes.var(v));
+        if shape == Some(Shape::Varying) && *e == Expr::I32(0) && self.is_shared(v) {
+            return self.zeros.push(v);
+        }
         let (class, values) = match (ty, shape) {
             (Ty::I64, Some(Shape::Varying)) => {
                 let mut values = vec![];

@@ -180,7 +180,7 @@ impl Lower<'_> {
             Bound::Val(r) => r,
         };
         let slots = self.stripes.clone();
-        let mut run = |lower: &mut Self| {
+        let run = |lower: &mut Self| {
             for (s, &slot) in striped.iter().zip(&slots) {
                 for (n, &part) in s.parts.iter().enumerate() {
                     let m = Mem::frame(slot + n as i32 * s.bytes());

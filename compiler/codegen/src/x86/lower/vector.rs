@@ -51,7 +51,7 @@ impl Lower<'_> {
     }
 
     /// Operands: what lies in memory as it is needed is used from there.
-    fn args(&mut self, e: &Expr) -> Groups<VecArg> {
+    pub(super) fn args(&mut self, e: &Expr) -> Groups<VecArg> {
         match e {
             Expr::F32(x) => return vec![VecArg::Mem(self.b.splat32(x.to_bits()))],
             Expr::F64(x) => return vec![VecArg::Mem(self.b.splat64(x.to_bits()))],

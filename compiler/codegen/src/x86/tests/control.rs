@@ -100,7 +100,8 @@ fn branches_merge() {
     for target in targets() {
         for (x, y) in [(3, 4), (4, 4), (5, 4), (-1, 4), (1 << 32, 4)] {
             let mut b = Build::new();
-            let (d, [.., p, q]) = (b.int(), b.f.args[..]) else { unreachable!() };
+            let d = b.int();
+            let [.., p, q] = b.f.args[..] else { unreachable!() };
             let set = |x| vec![Node::Op(Op::Imm { d, x })];
             let inner = Branch { cond: Cond::Eq, size: Size::W32, a: p, b: imm(4), then: set(2), other: set(3) };
             let other = vec![Node::Branch(Box::new(inner))];
@@ -237,8 +238,7 @@ fn constants_lie_behind_the_code() {
         b.op(Op::IntStore { m: o, s: p, bytes: 8 });
         b.run(&target, &[0; 64], [0, 0], &mut |out, how| {
             (0..32).for_each(|n| assert_eq!(out[n], n as u8 + 1, "{how}"));
-            let lanes =
-                [1, 9, 16, 24].map(|k: u8| if k < 16 { [k, k + 1, k + 2, k + 3] } else { [k, k + 1, k + 2, k + 3] });
+            let lanes = [1u8, 9, 16, 24].map(|k| [k, k + 1, k + 2, k + 3]);
             assert_eq!(out[32..48], lanes.concat()[..], "{how}");
             assert_eq!(out[48..56], [4, 5, 6, 7, 8, 9, 10, 11], "{how}");
         });

@@ -1,6 +1,8 @@
 //! Random programs against a direct evaluation of their trees.
 
-use super::super::flat::{Branch, Class, Cond, IntArg, IntOp, Loop, Mem, Node, Op, Reg, Size, VecArg, VecOp, Width};
+use super::super::flat::{
+    Access, Branch, Class, Cond, IntArg, IntOp, Loop, Mem, Node, Op, Reg, Size, VecArg, VecOp, Width,
+};
 use super::{Build, Numbers, targets};
 
 const INTS: [IntOp; 11] = {
@@ -191,8 +193,13 @@ impl Writer {
     }
 
     fn op(&mut self, b: &mut Build, out: &mut Vec<Node>) {
-        let (d, a, s) = (self.int(), self.int(), self.int());
-        let (v, x, y, z) = (self.vec(), self.vec(), self.vec(), self.vec());
+        let (mut d, a, s) = (self.int(), self.int(), self.int());
+        let (mut v, x, y, z) = (self.vec(), self.vec(), self.vec(), self.vec());
+        // A third of the results are new registers, which live within the block.
+        let new = self.numbers.below(3) == 0;
+        if new {
+            (d, v) = (b.int(), b.vec());
+        }
         let (size, arg, cond) = (self.size(), self.arg(), CONDS[self.numbers.below(6)]);
         let op = match self.numbers.below(24) {
             0 => Op::Imm { d, x: self.numbers.next() as i64 >> self.numbers.below(64) },
@@ -230,11 +237,20 @@ impl Writer {
             }
             _ => Op::Int { op: INTS[self.numbers.below(11)], size, d, a, b: arg },
         };
+        if new {
+            let mut op = op;
+            op.each_reg(&mut |&mut r, access| match access {
+                Access::Write if r == d => self.ints.push(r),
+                Access::Write if r == v => self.vecs.push(r),
+                _ => {}
+            });
+        }
         out.push(Node::Op(op));
     }
 
     fn block(&mut self, b: &mut Build, depth: usize) -> Vec<Node> {
         let mut out = vec![];
+        let outer = (self.ints.len(), self.vecs.len());
         for _ in 0..self.numbers.below(12) + 1 {
             if self.budget == 0 {
                 break;
@@ -265,6 +281,8 @@ impl Writer {
                 _ => self.op(b, &mut out),
             }
         }
+        self.ints.truncate(outer.0);
+        self.vecs.truncate(outer.1);
         out
     }
 }
@@ -310,6 +328,9 @@ fn random_programs_compute_what_their_trees_say() {
             }
         }
         state.run(&b.nodes[start..]);
+        // The other registers end where they were last used.
+        w.ints.truncate(w.ints.len().div_ceil(3));
+        w.vecs.truncate(w.vecs.len().div_ceil(3));
         for (n, &r) in w.ints.iter().enumerate() {
             assert_eq!(b.f.class(r), Class::Int);
             let m = b.output(8 * n as i32);
