@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use chimera_ir::loops::{Acc, Builder, Expr, Kernel, Role, Ty, f32c, i32c};
+use chimera_ir::loops::{Acc, Builder, Expr, Kernel, Role, Ty, f32c, i32c, int};
 use chimera_ir::{DType, Data, Tensor, Type};
 
 use crate::kernels::{Subject, check};
@@ -32,6 +32,8 @@ const LANES: usize = 16;
 const LENGTH: usize = 2048;
 /// Steps that sums of 16 bits hold.
 const STEPS: usize = 32;
+/// Sums of byte products of a lane: two vectors of them, of the bytes and of the codes fit the registers.
+const SUMS: usize = 4;
 
 /// `x = x a + b`, many times, in registers.
 fn fma_kernel() -> Kernel {
@@ -54,25 +56,26 @@ fn fma_kernel() -> Kernel {
     b.finish()
 }
 
-/// Sums of four byte products, many times: codes in registers, bytes from the nearest cache.
+/// Sums of four byte products, many times: bytes and sums stay in registers, codes come from the nearest cache.
 fn dot4_kernel() -> Kernel {
     let mut b = Builder::new("peak_dot4");
     let codes = b.buf("codes", DType::U8, 4 * STEPS * LANES, Role::In);
-    let bytes = b.buf("bytes", DType::I8, 4 * CHAINS * LANES, Role::In);
-    let z = b.buf("z", DType::I32, GRID * CHAINS * LANES, Role::Out);
+    let bytes = b.buf("bytes", DType::I8, 4 * SUMS, Role::In);
+    let z = b.buf("z", DType::I32, GRID * SUMS * LANES, Role::Out);
     let at = b.grid(GRID);
     b.lanes(0, LANES, 2, |b, l| {
-        // Each round overwrites the one before, so that registers hold nothing but sums.
+        let words: Vec<_> = (0..SUMS).map(|i| b.bind(Expr::word(bytes, int(i)))).collect();
+        // Each round overwrites the one before, so that registers hold nothing else.
         b.each(0, LENGTH / STEPS, |b, _| {
-            let sums: Vec<_> = (0..CHAINS).map(|_| b.local(i32c(0))).collect();
+            let sums: Vec<_> = words.iter().map(|_| b.local(i32c(0))).collect();
             b.each(0, STEPS, |b, k| {
                 let q = b.bind(Expr::word(codes, &l + k * LANES));
-                for (i, &s) in sums.iter().enumerate() {
-                    b.set(s, Expr::from(s).dot4(&q, Expr::word(bytes, &l + i * LANES)));
+                for (&s, word) in sums.iter().zip(&words) {
+                    b.set(s, Expr::from(s).dot4(&q, word));
                 }
             });
             for (i, &s) in sums.iter().enumerate() {
-                b.store(z, (&at * CHAINS + i) * LANES + &l, s);
+                b.store(z, (&at * SUMS + i) * LANES + &l, s);
             }
         });
     });
@@ -153,8 +156,8 @@ pub fn cases(setup: &Setup) -> Result<Vec<Case>> {
         data: Data::U8((0..4 * STEPS * LANES).map(|i| (i % 3) as u8).collect()),
     };
     let bytes = Tensor {
-        ty: Type::new(DType::I8, &[4 * CHAINS * LANES]),
-        data: Data::I8((0..4 * CHAINS * LANES).map(|i| (i % 128) as i8 - 64).collect()),
+        ty: Type::new(DType::I8, &[4 * SUMS]),
+        data: Data::I8((0..4 * SUMS).map(|i| (i % 128) as i8 - 64).collect()),
     };
     let giga = (GRID * CHAINS * LANES * LENGTH) as f64 * 1e-9;
     let compute = [
@@ -167,8 +170,8 @@ pub fn cases(setup: &Setup) -> Result<Vec<Case>> {
         (
             DOT4,
             "GMAC/s",
-            4.0 * giga,
-            Subject { kernel: dot4_kernel(), ins: vec![codes, bytes], outs: vec![Type::i32(&[GRID, CHAINS, LANES])] },
+            4.0 * (GRID * SUMS * LANES * LENGTH) as f64 * 1e-9,
+            Subject { kernel: dot4_kernel(), ins: vec![codes, bytes], outs: vec![Type::i32(&[GRID, SUMS, LANES])] },
         ),
     ];
     let mut cases = vec![];
