@@ -14,7 +14,7 @@ use chimera_frontends::{
 use chimera_ir::{
     Graph,
     ops::InferError,
-    plan::{Plan, WeightKind},
+    plan::{CODES, Plan, SCALES, WeightKind},
 };
 
 use crate::{
@@ -99,6 +99,9 @@ pub struct Options {
     pub entries: Vec<EntrySpec>,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
+    /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
+    /// of their stack. Forward passes only.
+    pub packed: HashSet<String>,
     /// Stop behind the stage of that name, see [`STAGES`].
     pub stop_after: Option<String>,
     /// Write every stage's graph into this folder.
@@ -113,6 +116,7 @@ impl Default for Options {
             target: "host".to_owned(),
             entries: vec![],
             trainable: None,
+            packed: HashSet::new(),
             stop_after: None,
             dump: None,
             max_rewrites: u64::MAX,
@@ -177,12 +181,23 @@ pub fn compile_observed(
     if let Some(stage) = options.stop_after.as_ref().filter(|s| !STAGES.contains(&s.as_str())) {
         return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
     }
-    let kinds = weight_kinds(cfg);
+    let mut kinds = weight_kinds(cfg);
+    for suffix in [CODES, SCALES] {
+        kinds.extend(options.packed.iter().map(|name| (format!("{name}{suffix}"), WeightKind::Packed)));
+    }
     let mut graphs = vec![];
     for spec in &options.entries {
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
-        let build = |head, form, carry| chimera::graph(cfg, shape(cfg, spec, form, carry), head).map_err(fail("build"));
+        if !options.packed.is_empty() && matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Update(..)) {
+            return Err(CompileError::Option(format!(
+                "entry point {name} changes latents, which packed ternary weights have lost; give float weights"
+            )));
+        }
+        let build = |head, form, carry| {
+            let shape = shape(cfg, spec, form, carry);
+            chimera::packed_graph(cfg, shape, head, &options.packed).map_err(fail("build"))
+        };
         let g = match &spec.kind {
             EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,

@@ -69,7 +69,7 @@ pub fn graph(scheme: &Scheme, rule: &UpdateRule, members: usize, targets: &[Targ
                 Some(&load) => u.g.op(Balance { rate: rule.balance }, &[w, load])?,
                 None => continue,
             },
-            (WeightKind::Optimizer, _) => continue,
+            (WeightKind::Optimizer | WeightKind::Packed, _) => continue,
             (_, Scheme::PerSequence { rank, .. }) => u.per_sequence(t, w, c, lr, random, *rank)?,
             (_, Scheme::Mezo { .. }) => u.mezo(t, w, c, lr, random)?,
         };

@@ -115,6 +115,14 @@ impl List {
     }
 }
 
+/// The name of the stack that a parameter of an expert belongs to, with `*` for the expert, and the expert:
+/// `layers.1.mlp.experts.3.up_proj.weight` is number 3 of `layers.1.mlp.experts.*.up_proj.weight`. `None` for other names.
+pub fn expert_stack(name: &str) -> Option<(String, usize)> {
+    let (head, tail) = name.split_once(".experts.")?;
+    let (expert, part) = tail.split_once('.')?;
+    Some((format!("{head}.experts.*.{part}"), expert.parse().ok()?))
+}
+
 /// All parameters in canonical order.
 pub fn parameters(model: &ModelConfig) -> Vec<Parameter> {
     let (m, d) = (model, model.hidden_size);

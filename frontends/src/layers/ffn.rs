@@ -56,6 +56,11 @@ impl Net<'_> {
     fn experts(&mut self, name: &str, part: &str, x: Activated, m: usize, grouped: Grouped) -> Built {
         let n_routed = self.cfg.moe.as_ref().map_or(0, |moe| moe.n_routed);
         let n = self.g.ty(x.float).cols();
+        let stack = format!("{name}.experts.*.{part}.weight");
+        if self.is_packed(&stack) {
+            let stacked = self.packed_weight(&stack, &[n_routed, m, n])?;
+            return self.ternary_product(x, &stacked, m, Some(grouped));
+        }
         let each = (0..n_routed)
             .map(|e| self.ternary_weight(&format!("{name}.experts.{e}.{part}"), m, n))
             .collect::<Built<Vec<Vec<Value>>>>()?;

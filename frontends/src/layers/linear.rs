@@ -1,11 +1,12 @@
 //! Linear layers: ternary with quantised activations, and plain float.
 
 use chimera_ir::{
-    Value,
+    Type, Value,
     ops::{
-        GroupScale, Linear, Norm, NormKind, PackPanels, PackTernary, Quantise, ScaleMode, TernaryDense, TernaryProduct,
-        Unary, UnaryFn,
+        GroupScale, InferError, Linear, Norm, NormKind, OpDef, PackPanels, PackTernary, Quantise, ScaleMode,
+        TernaryDense, TernaryProduct, Unary, UnaryFn, packed_type,
     },
+    plan::{CODES, SCALES},
 };
 
 use super::{Built, Net};
@@ -67,17 +68,41 @@ impl Net<'_> {
         }
     }
 
+    fn scale_mode(&self) -> ScaleMode {
+        match self.cfg.quantization.weight_scale {
+            WeightScale::Group => ScaleMode::PerGroup(self.cfg.quantization.group_size),
+            WeightScale::Row => ScaleMode::PerRow,
+            WeightScale::Tensor => ScaleMode::PerTensor,
+        }
+    }
+
+    /// Whether the codes of this weight are given.
+    pub(super) fn is_packed(&self, weight: &str) -> bool {
+        self.packed.is_some_and(|p| p.contains(weight))
+    }
+
+    /// Codes and scales of a weight of shape `dims`, `[m, n]` or stacked `[G, m, n]`, as parameters.
+    pub(super) fn packed_weight(&mut self, weight: &str, dims: &[usize]) -> Built<Vec<Value>> {
+        let latent = Type::f32(dims);
+        if self.cfg.quantization.activation == Activation::Float {
+            let why = format!("`{weight}` is packed, float activations want its latent; give float weights");
+            return Err(InferError::new(PackTernary::NAME, why));
+        }
+        let scales = GroupScale { mode: self.scale_mode() }.infer(std::slice::from_ref(&latent))?.remove(0);
+        let codes = self.g.param(&format!("{weight}{CODES}"), packed_type(&latent));
+        Ok(vec![codes, self.g.param(&format!("{weight}{SCALES}"), scales)])
+    }
+
     /// The operands of a ternary product with weight `name` `[m, n]`: packed codes and scales, or one float panel.
     pub fn ternary_weight(&mut self, name: &str, m: usize, n: usize) -> Built<Vec<Value>> {
         let q = &self.cfg.quantization;
-        let (group, ratio) = (self.group(n), q.threshold_ratio as f32);
-        let mode = match q.weight_scale {
-            WeightScale::Group => ScaleMode::PerGroup(q.group_size),
-            WeightScale::Row => ScaleMode::PerRow,
-            WeightScale::Tensor => ScaleMode::PerTensor,
-        };
+        let (group, ratio, mode) = (self.group(n), q.threshold_ratio as f32, self.scale_mode());
         let float = q.activation == Activation::Float;
-        let w = self.param(&format!("{name}.weight"), &[m, n]);
+        let weight = format!("{name}.weight");
+        if self.is_packed(&weight) {
+            return self.packed_weight(&weight, &[m, n]);
+        }
+        let w = self.param(&weight, &[m, n]);
         let alpha = self.op(GroupScale { mode }, &[w])?;
         if float {
             let dense = self.op(TernaryDense { group, ratio }, &[w, alpha])?;

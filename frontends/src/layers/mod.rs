@@ -13,6 +13,8 @@ use chimera_ir::{
     ops::{Binary, BinaryFn, InferError, Unary, UnaryFn},
 };
 
+use std::collections::HashSet;
+
 use crate::config::ModelConfig;
 
 pub use linear::Activated;
@@ -87,6 +89,8 @@ pub struct Net<'a> {
     pub g: Graph,
     /// What it is built for.
     pub shape: Shape,
+    /// Ternary weights that come as codes and scales instead of latents; experts of a layer also together, with `*` for the expert.
+    pub packed: Option<&'a HashSet<String>>,
     /// Side results by name (`load.layers.3.mlp`, `surprise.layers.3`, `knot.layers.7`), outside of loops.
     pub side: Vec<(String, Value)>,
     /// Inside a loop: what the body was given and returns besides the hidden state.
@@ -96,7 +100,7 @@ pub struct Net<'a> {
 impl<'a> Net<'a> {
     /// An empty graph.
     pub fn new(cfg: &'a ModelConfig, shape: Shape) -> Net<'a> {
-        Net { cfg, g: Graph::default(), shape, side: vec![], looped: None }
+        Net { cfg, g: Graph::default(), shape, packed: None, side: vec![], looped: None }
     }
 
     /// Append an operation with one result.

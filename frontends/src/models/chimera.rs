@@ -1,5 +1,7 @@
 //! The Chimera 5.x backbone as graphs, one for each entry point (semantics 1).
 
+use std::collections::HashSet;
+
 use chimera_ir::{
     Graph, Type, Value,
     ops::{CrossEntropy, Embed, Linear, LossMean, PackPanels, Positions, RopeScaling, RopeTable},
@@ -26,7 +28,18 @@ pub enum Head {
 /// Inputs: `tokens` and `seg` (`i32 [R, T]`; a new document starts where `seg` changes), `labels` for a loss, `depth` (`i32 [R]`) for
 /// rows of their own loop depth. Other outputs: `load.*` tokens per expert, `surprise.*`, `knot.*`, `loops`.
 pub fn graph(cfg: &ModelConfig, shape: Shape, head: Head) -> Built<Graph> {
+    build(Net::new(cfg, shape), head)
+}
+
+/// [`graph`] with codes and scales in place of the latents of the ternary weights `packed`, see [`Net::packed`].
+pub fn packed_graph(cfg: &ModelConfig, shape: Shape, head: Head, packed: &HashSet<String>) -> Built<Graph> {
     let mut net = Net::new(cfg, shape);
+    net.packed = Some(packed);
+    build(net, head)
+}
+
+fn build(mut net: Net<'_>, head: Head) -> Built<Graph> {
+    let (cfg, shape) = (net.cfg, net.shape);
     let tokens = Type::i32(&[shape.rows, shape.tokens]);
     net.g.at("embed");
     let ids = net.g.input("tokens", tokens.clone());

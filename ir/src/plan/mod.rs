@@ -64,17 +64,26 @@ pub enum WeightKind {
     Buffer,
     /// Memory of an optimizer; starts at zero.
     Optimizer,
+    /// Codes or scales of a ternary matrix in place of its latent, see [`CODES`]; never trained.
+    Packed,
 }
+
+/// Behind the name of a ternary weight `[m, n]`: its packed codes in the layout of `PackTernary`. A `*` in the name stands for an
+/// index: weights of one shape stacked along a leading dimension.
+pub const CODES: &str = ".codes";
+/// Behind the name of a ternary weight: its scales, `f32 [m, groups]`, stacked like the codes.
+pub const SCALES: &str = ".alpha";
 
 impl WeightKind {
     /// Every kind with its stable name.
-    pub const ALL: [(WeightKind, &'static str); 6] = [
+    pub const ALL: [(WeightKind, &'static str); 7] = [
         (WeightKind::Ternary, "ternary"),
         (WeightKind::Matrix, "matrix"),
         (WeightKind::Embedding, "embedding"),
         (WeightKind::Vector, "vector"),
         (WeightKind::Buffer, "buffer"),
         (WeightKind::Optimizer, "optimizer"),
+        (WeightKind::Packed, "packed"),
     ];
 }
 

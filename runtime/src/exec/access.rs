@@ -2,9 +2,10 @@
 //!
 //! Shapes and element types are compared with the plan before a byte moves.
 
-use super::memory::{Element, bytes_of};
+use super::memory::{ALIGN, Block, Element, WeightMemory, bytes_of};
 use super::program::stride;
-use super::{EntryId, EntryKey, ExecError, Executable};
+use super::{EntryId, EntryKey, ExecError, Executable, WEIGHTS};
+use crate::files::MappedSlice;
 use chimera_ir::plan::{BufferId, Place};
 use chimera_ir::{DType, Type};
 use std::borrow::Cow;
@@ -55,7 +56,7 @@ impl Executable {
     /// Set a weight to `values` of shape `dims`. A weight that is `bf16` in memory takes `f32` values too, rounded to nearest even.
     ///
     /// # Errors
-    /// No such weight, or another shape or element type than the plan declares.
+    /// No such weight, another shape or element type than the plan declares, or memory beyond the limit.
     pub fn set_weight<T: Element>(&mut self, name: &str, dims: &[usize], values: &[T]) -> Result<(), ExecError> {
         let i = self.weight_index(name)?;
         let ty = &self.plan.weights[i].ty;
@@ -67,7 +68,7 @@ impl Executable {
         if values.len() != n {
             return Err(shape("weight", name, format!("{} elements", values.len()), format!("{n}")));
         }
-        let block = &mut self.memory.weights[i];
+        let block = self.own(i)?;
         if narrowed {
             let bytes = bytes_of(values).chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
             for (to, x) in block.slice_mut::<half::bf16>(0, n).iter_mut().zip(bytes) {
@@ -76,26 +77,92 @@ impl Executable {
         } else {
             block.slice_mut::<T>(0, n).copy_from_slice(values);
         }
+        self.changed(i);
+        Ok(())
+    }
+
+    /// Give a weight the values `bytes` of type `ty`, without a copy where that is possible: when no entry point writes the weight and
+    /// the bytes start at a multiple of 64. Returns whether they stay where they are; otherwise the weight has a copy. Nobody may
+    /// change the bytes meanwhile, see [`MappedSlice`].
+    ///
+    /// # Errors
+    /// No such weight, another shape, element type or number of bytes than the plan declares, or memory beyond the limit.
+    pub fn bind_weight(&mut self, name: &str, ty: &Type, bytes: MappedSlice) -> Result<bool, ExecError> {
+        let i = self.weight_index(name)?;
+        let declared = &self.plan.weights[i].ty;
+        if declared != ty {
+            return Err(shape("weight", name, ty.to_string(), declared.to_string()));
+        }
+        if bytes.len() != ty.bytes() {
+            return Err(shape(
+                "weight",
+                name,
+                format!("{} bytes", bytes.len()),
+                format!("{} bytes of {ty}", ty.bytes()),
+            ));
+        }
+        // Numbers in files are little-endian.
+        let usable =
+            bytes.as_ptr().addr().is_multiple_of(ALIGN) && (cfg!(target_endian = "little") || ty.dtype.size() == 1);
+        let in_place = usable && !self.entries.iter().any(|e| e.writes.binary_search(&i).is_ok());
+        if in_place {
+            if let WeightMemory::Own(block) = &self.memory.weights[i] {
+                self.bytes -= block.bytes() as u64;
+            }
+            self.memory.weights[i] = WeightMemory::Mapped(bytes);
+            self.table.move_weight(i, self.memory.weights[i].address(declared.bytes()));
+        } else {
+            let size = ty.dtype.size();
+            let to = self.own(i)?.slice_mut::<u8>(0, bytes.len());
+            to.copy_from_slice(&bytes);
+            if cfg!(target_endian = "big") {
+                to.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+            }
+        }
+        self.changed(i);
+        Ok(in_place)
+    }
+
+    /// The memory of a weight's own, made now if there is none.
+    fn own(&mut self, i: usize) -> Result<&mut Block, ExecError> {
+        if !matches!(self.memory.weights[i], WeightMemory::Own(_)) {
+            let needed = self.plan.weights[i].ty.bytes() as u64;
+            let allowed = self.max_bytes.saturating_sub(self.bytes);
+            if needed > allowed {
+                return Err(ExecError::Memory { what: WEIGHTS, needed, allowed: Some(allowed) });
+            }
+            let block = Block::zeroed(needed).ok_or(ExecError::Memory { what: WEIGHTS, needed, allowed: None })?;
+            self.bytes += needed;
+            self.table.move_weight(i, block.address(0, needed as usize));
+            self.memory.weights[i] = WeightMemory::Own(block);
+        }
+        match &mut self.memory.weights[i] {
+            WeightMemory::Own(block) => Ok(block),
+            WeightMemory::Unset | WeightMemory::Mapped(_) => unreachable!("the weight has just been given memory"),
+        }
+    }
+
+    /// A weight has new values.
+    fn changed(&mut self, i: usize) {
         self.weight_set[i] = true;
         self.stale |= self.prepare.is_some_and(|p| self.entries[p.0].reads.binary_search(&i).is_ok());
-        Ok(())
     }
 
     /// The elements of a weight, row-major.
     ///
     /// # Errors
-    /// No such weight, or another element type.
+    /// No such weight, another element type, or a weight that was never set.
     pub fn weight<T: Element>(&self, name: &str) -> Result<&[T], ExecError> {
         let i = self.weight_index(name)?;
         let ty = &self.plan.weights[i].ty;
         check_len("weight", name, T::DTYPE, ty.numel(), ty)?;
-        Ok(self.memory.weights[i].slice(0, ty.numel()))
+        self.memory.weights[i].slice(ty.numel()).ok_or_else(|| ExecError::Unset { name: name.to_owned() })
     }
 
     /// The elements of an `f32` or `bf16` weight as `f32`.
     ///
     /// # Errors
-    /// No such weight, or another element type.
+    /// No such weight, another element type, or a weight that was never set.
     pub fn weight_f32(&self, name: &str) -> Result<Cow<'_, [f32]>, ExecError> {
         match self.plan.weights[self.weight_index(name)?].ty.dtype {
             DType::BF16 => Ok(self.weight::<half::bf16>(name)?.iter().map(|x| x.to_f32()).collect()),
@@ -184,11 +251,11 @@ impl Executable {
         let buffer = self.output_buffer(entry, name)?;
         let decl = self.plan.buffer(buffer);
         check_len("output", name, T::DTYPE, decl.ty.numel(), &decl.ty)?;
+        let stale = || ExecError::Stale { entry: self.plan.entries[entry.0].name.clone(), name: name.to_owned() };
         if matches!(decl.place, Place::Arena(_)) && self.live != Some(entry) {
-            return Err(ExecError::Stale { entry: self.plan.entries[entry.0].name.clone(), name: name.to_owned() });
+            return Err(stale());
         }
-        let (block, at) = self.memory.locate(&self.plan, buffer, 0);
-        Ok(block.slice(at, decl.ty.numel()))
+        self.memory.slice(&self.plan, buffer).ok_or_else(stale)
     }
 
     /// Element type and shape of an output.

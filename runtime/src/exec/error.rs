@@ -52,6 +52,11 @@ pub enum ExecError {
         /// Their names.
         names: Vec<String>,
     },
+    /// The values of a weight were asked for that has none yet.
+    Unset {
+        /// Its name.
+        name: String,
+    },
     /// An entry point reads inputs that were never set.
     MissingInputs {
         /// The entry point.
@@ -124,6 +129,7 @@ impl fmt::Display for ExecError {
                     few(names)
                 )
             }
+            ExecError::Unset { name } => write!(f, "weight `{name}` was never set; load it first"),
             ExecError::MissingInputs { entry, names } => {
                 write!(
                     f,

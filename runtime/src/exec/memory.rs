@@ -2,6 +2,7 @@
 //!
 //! A block never moves and never changes size, so addresses taken from it stay valid as long as it lives.
 
+use crate::files::MappedSlice;
 use chimera_ir::DType;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
@@ -39,10 +40,16 @@ pub(super) fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-/// A zeroed allocation. Pages that are never touched cost no memory where the system maps them lazily.
+/// What the system's allocator zeroes without touching; it would write the zeros of a larger alignment itself.
+const LAZY_ALIGN: usize = 16;
+
+/// A zeroed allocation. Pages of large blocks that are never touched cost no memory where the system maps them lazily.
 #[derive(Debug)]
 pub(super) struct Block {
+    /// First byte, at a multiple of [`ALIGN`].
     at: NonNull<u8>,
+    bytes: usize,
+    allocation: NonNull<u8>,
     layout: Layout,
 }
 
@@ -55,14 +62,17 @@ impl Block {
     /// A block of at least one byte; `None` when the system has no such memory.
     pub(super) fn zeroed(bytes: u64) -> Option<Block> {
         let bytes = usize::try_from(bytes.max(1)).ok()?;
-        let layout = Layout::from_size_align(bytes, ALIGN).ok()?;
+        let layout = Layout::from_size_align(bytes.checked_add(ALIGN - LAZY_ALIGN)?, LAZY_ALIGN).ok()?;
         // SAFETY: the size is not zero.
-        let at = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Block { at, layout })
+        let allocation = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        let skip = allocation.addr().get().next_multiple_of(ALIGN) - allocation.addr().get();
+        // SAFETY: the allocation starts at a multiple of `LAZY_ALIGN`, so `skip` is at most the bytes added for it.
+        let at = unsafe { allocation.add(skip) };
+        Some(Block { at, bytes, allocation, layout })
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes
     }
 
     /// The address of byte `at`.
@@ -102,13 +112,70 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout, and freed once.
-        unsafe { dealloc(self.at.as_ptr(), self.layout) }
+        unsafe { dealloc(self.allocation.as_ptr(), self.layout) }
+    }
+}
+
+/// Where the bytes of a weight lie.
+#[derive(Debug)]
+pub(super) enum WeightMemory {
+    /// Nowhere: it has no values yet and no entry point writes it.
+    Unset,
+    /// In memory of its own.
+    Own(Block),
+    /// In a file or memory shared with others; at a multiple of [`ALIGN`], and no entry point writes it.
+    Mapped(MappedSlice),
+}
+
+impl WeightMemory {
+    /// The address of the first of at least `bytes` bytes; null when there are none. What is mapped must not be written.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub(super) fn address(&self, bytes: usize) -> *mut u8 {
+        match self {
+            WeightMemory::Unset => std::ptr::null_mut(),
+            WeightMemory::Own(block) => block.address(0, bytes),
+            WeightMemory::Mapped(slice) => {
+                assert!(slice.len() >= bytes, "a bound weight has the size that the plan declares");
+                slice.as_ptr().cast_mut()
+            }
+        }
+    }
+
+    /// The first `len` elements; none of an unset weight.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub(super) fn slice<T: Element>(&self, len: usize) -> Option<&[T]> {
+        match self {
+            WeightMemory::Unset => None,
+            WeightMemory::Own(block) => Some(block.slice(0, len)),
+            WeightMemory::Mapped(slice) => {
+                let bytes = &slice[..len * size_of::<T>()];
+                assert!(bytes.as_ptr().cast::<T>().is_aligned(), "bound weights start at multiples of {ALIGN}");
+                // SAFETY: in bounds by the slice, aligned by the assertion, every bit pattern is a value; nothing writes what is shared.
+                Some(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) })
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn untouched_pages_cost_no_memory() {
+        let resident = || crate::train::metrics::resident_bytes().expect("statistics of the process");
+        let (size, before) = (1usize << 28, resident());
+        let mut block = Block::zeroed(size as u64).expect("256 megabytes");
+        assert!(resident() < before + size as u64 / 4, "{} bytes more are resident", resident() - before);
+        assert_eq!(block.slice::<u8>(size - 1, 1), [0]);
+        block.slice_mut::<u8>(0, size / 2).fill(1);
+        assert!(resident() > before + size as u64 / 4);
+    }
 
     #[test]
     fn blocks_are_zeroed_aligned_and_bounded() {

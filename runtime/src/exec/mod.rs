@@ -19,12 +19,15 @@ pub use walk::StepTime;
 use crate::affinity::available_threads;
 use crate::pool::Pool;
 use chimera_codegen::{Allowed, Module, Target, host};
-use chimera_ir::plan::{self, Plan, WeightKind};
-use memory::{ALIGN, Block, bytes_of};
+use chimera_ir::plan::{self, Place, Plan, Step, WeightKind};
+use memory::{ALIGN, Block, WeightMemory, bytes_of};
 use program::{Flat, Memory, Table};
 
 /// The entry point that derives persistent memory from the weights.
 pub const PREPARE: &str = "prepare";
+
+/// What memory is for, in errors.
+const WEIGHTS: &str = "the weights";
 
 /// How a plan is executed.
 #[derive(Clone, Debug)]
@@ -80,8 +83,9 @@ struct Input {
 
 /// A plan with memory, machine code and threads.
 ///
-/// Weights start unset and must be set before an entry point reads them, except those of optimizers, which start at zero. States start
-/// at zero. Inputs keep their values from call to call; outputs are there until another entry point runs.
+/// Weights start unset and must be set or bound before an entry point reads them, except those of optimizers, which start at zero. A
+/// weight that no entry point writes has no memory before it has values, and may stay where it is, see [`Executable::bind_weight`].
+/// States start at zero. Inputs keep their values from call to call; outputs are there until another entry point runs.
 ///
 /// What the entry point [`PREPARE`] derives from weights is kept current: when a weight that it reads has changed, by
 /// [`Executable::set_weight`] or because an entry point wrote it, `prepare` runs again before the next entry point that reads what
@@ -109,6 +113,7 @@ pub struct Executable {
     scratch: Block,
     scratch_stride: usize,
     bytes: u64,
+    max_bytes: u64,
 }
 
 impl Executable {
@@ -125,10 +130,12 @@ impl Executable {
             plan.kernels.iter().map(|k| k.scratch_bytes()).max().unwrap_or(0).next_multiple_of(2 * ALIGN);
         let input_bytes = |e: &plan::Entry| e.inputs.iter().map(|i| plan.buffer(i.1).ty.bytes() as u64).sum::<u64>();
         let table_len = program::table_len(&plan);
+        let eager = with_memory(&plan);
+        let weight_bytes = |i: &usize| plan.weights[*i].ty.bytes() as u64;
         let parts = [
             ("the arena", plan.arena()),
             ("persistent memory", plan.persistent),
-            ("the weights", plan.weight_bytes()),
+            (WEIGHTS, (0..plan.weights.len()).filter(|&i| eager[i]).map(|i| weight_bytes(&i)).sum()),
             ("the states", plan.state_bytes()),
             ("scratch memory", scratch_stride as u64 * threads as u64),
             ("the inputs", plan.entries.iter().map(input_bytes).fold(0, u64::saturating_add)),
@@ -146,16 +153,19 @@ impl Executable {
             chimera_codegen::compile(&plan.kernels, &options.target, &options.emitters).map_err(ExecError::Compile)?;
         let pool = Pool::new(threads).map_err(ExecError::Threads)?;
         let block = |what, needed| Block::zeroed(needed).ok_or(ExecError::Memory { what, needed, allowed: None });
-        let weight = |w: &plan::WeightDecl| block("a weight", w.ty.bytes() as u64);
+        let weight = |i: usize| match eager[i] {
+            true => Ok(WeightMemory::Own(block("a weight", weight_bytes(&i))?)),
+            false => Ok(WeightMemory::Unset),
+        };
         let state = |s: usize| block("a state", program::stride(&plan, s) as u64 * u64::from(plan.states[s].copies));
         let mut memory = Memory {
             arena: block("the arena", plan.arena())?,
             persistent: block("persistent memory", plan.persistent)?,
-            weights: plan.weights.iter().map(weight).collect::<Result<_, _>>()?,
+            weights: (0..plan.weights.len()).map(weight).collect::<Result<_, ExecError>>()?,
             states: (0..plan.states.len()).map(state).collect::<Result<_, _>>()?,
         };
         write_constants(&plan, &mut memory);
-        let mut table = Table::with_capacity(table_len as usize);
+        let mut table = Table::with_capacity(table_len as usize, plan.weights.len());
         let entries: Vec<Flat> = plan.entries.iter().map(|e| table.flatten(&plan, &memory, e)).collect();
         let input = |i: &(String, plan::BufferId)| {
             Ok(Input { value: block("an input", plan.buffer(i.1).ty.bytes() as u64)?, set: false })
@@ -186,6 +196,7 @@ impl Executable {
             scratch,
             scratch_stride,
             bytes,
+            max_bytes: options.max_bytes,
         })
     }
 
@@ -204,10 +215,46 @@ impl Executable {
         self.pool.threads()
     }
 
-    /// Bytes of memory that were allocated, machine code and the plan itself excluded.
+    /// Bytes of memory that are allocated, machine code and the plan itself excluded; weights count from when they have values, and
+    /// only those that were copied, see [`Executable::mapped_bytes`].
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+
+    /// Bytes of weights that stay where they were bound: in mapped files, which the system reads when they are used and may drop again.
+    pub fn mapped_bytes(&self) -> u64 {
+        let mapped = |w: &WeightMemory| match w {
+            WeightMemory::Mapped(slice) => slice.len() as u64,
+            WeightMemory::Unset | WeightMemory::Own(_) => 0,
+        };
+        self.memory.weights.iter().map(mapped).sum()
+    }
+}
+
+/// The weights that have memory from the beginning: those of optimizers, which start at zero, and those that a step writes.
+fn with_memory(plan: &Plan) -> Vec<bool> {
+    use chimera_ir::loops::Role;
+    let mut out: Vec<bool> = plan.weights.iter().map(|w| w.kind == WeightKind::Optimizer).collect();
+    let mut written = |b: plan::BufferId| {
+        if let Place::Weight(w) = plan.buffer(b).place {
+            out[w as usize] = true;
+        }
+    };
+    for entry in &plan.entries {
+        entry.inputs.iter().for_each(|i| written(i.1));
+        for step in &entry.steps {
+            match step {
+                Step::Run { kernel, args, .. } => {
+                    let bufs = plan.kernels[kernel.0 as usize].bufs.iter().filter(|d| d.role != Role::Scratch);
+                    bufs.zip(args).filter(|(d, _)| d.role != Role::In).for_each(|(_, &b)| written(b));
+                }
+                Step::Copy { to, .. } => written(*to),
+                Step::LoopBegin { counter, .. } => written(*counter),
+                Step::LoopEnd { .. } => {}
+            }
+        }
+    }
+    out
 }
 
 fn write_constants(plan: &Plan, memory: &mut Memory) {
@@ -223,8 +270,9 @@ fn write_constants(plan: &Plan, memory: &mut Memory) {
             Data::I16(v) => bytes_of(v),
             Data::I32(v) => bytes_of(v),
         };
-        let at = memory.locate(plan, *buffer, 0).1;
         // Verification has proven that constants are persistent and have the size of their buffer.
-        memory.persistent.slice_mut(at, bytes.len()).copy_from_slice(bytes);
+        if let Place::Persistent(at) = plan.buffer(*buffer).place {
+            memory.persistent.slice_mut(at as usize, bytes.len()).copy_from_slice(bytes);
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! All addresses of all steps stand in one table, for every iteration of a loop where they differ, so that a walk computes none and
 //! allocates nothing. Verification has proven that each address has the bytes that its kernel declares.
 
-use super::memory::Block;
+use super::memory::{Block, Element, WeightMemory};
 use chimera_ir::loops::Role;
 use chimera_ir::plan::{BufferId, Entry, Place, Plan, Step};
 
@@ -12,7 +12,7 @@ use chimera_ir::plan::{BufferId, Entry, Place, Plan, Step};
 pub(super) struct Memory {
     pub(super) arena: Block,
     pub(super) persistent: Block,
-    pub(super) weights: Vec<Block>,
+    pub(super) weights: Vec<WeightMemory>,
     pub(super) states: Vec<Block>,
 }
 
@@ -22,19 +22,32 @@ pub(super) fn stride(plan: &Plan, state: usize) -> usize {
 }
 
 impl Memory {
-    /// The block, and the first byte in it, of a buffer in the given iteration.
-    pub(super) fn locate(&self, plan: &Plan, buffer: BufferId, iteration: usize) -> (&Block, usize) {
+    /// The block, and the first byte in it, of a buffer in the given iteration; of a weight, its memory.
+    fn locate(&self, plan: &Plan, buffer: BufferId, iteration: usize) -> Result<(&Block, usize), &WeightMemory> {
         match plan.buffer(buffer).place {
-            Place::Arena(at) => (&self.arena, at as usize),
-            Place::Persistent(at) => (&self.persistent, at as usize),
-            Place::Weight(i) => (&self.weights[i as usize], 0),
-            Place::State(i) => (&self.states[i as usize], stride(plan, i as usize) * iteration),
+            Place::Arena(at) => Ok((&self.arena, at as usize)),
+            Place::Persistent(at) => Ok((&self.persistent, at as usize)),
+            Place::State(i) => Ok((&self.states[i as usize], stride(plan, i as usize) * iteration)),
+            Place::Weight(i) => Err(&self.weights[i as usize]),
         }
     }
 
+    /// The address of a buffer; null of a weight without memory.
     pub(super) fn address(&self, plan: &Plan, buffer: BufferId, iteration: usize) -> *mut u8 {
-        let (block, at) = self.locate(plan, buffer, iteration);
-        block.address(at, plan.buffer(buffer).ty.bytes())
+        let bytes = plan.buffer(buffer).ty.bytes();
+        match self.locate(plan, buffer, iteration) {
+            Ok((block, at)) => block.address(at, bytes),
+            Err(weight) => weight.address(bytes),
+        }
+    }
+
+    /// The elements of a buffer, in the first iteration; none of a weight without memory.
+    pub(super) fn slice<T: Element>(&self, plan: &Plan, buffer: BufferId) -> Option<&[T]> {
+        let len = plan.buffer(buffer).ty.numel();
+        match self.locate(plan, buffer, 0) {
+            Ok((block, at)) => Some(block.slice(at, len)),
+            Err(weight) => weight.slice(len),
+        }
     }
 }
 
@@ -143,33 +156,51 @@ fn varies(plan: &Plan, buffers: &[BufferId]) -> bool {
 
 /// The addresses of all steps.
 #[derive(Debug, Default)]
-pub(super) struct Table(Vec<*mut u8>);
+pub(super) struct Table {
+    addresses: Vec<*mut u8>,
+    /// For each weight, where its address stands.
+    weights: Vec<Vec<usize>>,
+}
 
-// SAFETY: the addresses belong to blocks that the owner of the table owns too; they are only followed while it is borrowed mutably.
+// SAFETY: the addresses belong to blocks and mapped slices that the owner of the table owns too; they are only followed while it is
+// borrowed mutably.
 unsafe impl Send for Table {}
 // SAFETY: as above; workers of one region read the table and touch disjoint elements, see `Executable::walk`.
 unsafe impl Sync for Table {}
 
 impl Table {
-    pub(super) fn with_capacity(n: usize) -> Table {
-        Table(Vec::with_capacity(n))
+    /// An empty table for so many addresses and weights.
+    pub(super) fn with_capacity(n: usize, weights: usize) -> Table {
+        Table { addresses: Vec::with_capacity(n), weights: vec![vec![]; weights] }
     }
 
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.addresses.len()
     }
 
     /// The addresses of one iteration.
     pub(super) fn at(&self, addresses: Addresses, iteration: usize) -> &[*mut u8] {
-        &self.0[addresses.first + addresses.stride * iteration..]
+        &self.addresses[addresses.first + addresses.stride * iteration..]
+    }
+
+    /// A weight lies elsewhere from now on.
+    pub(super) fn move_weight(&mut self, weight: usize, to: *mut u8) {
+        for &at in &self.weights[weight] {
+            self.addresses[at] = to;
+        }
     }
 
     fn add(&mut self, plan: &Plan, memory: &Memory, buffers: &[BufferId], iterations: usize) -> Addresses {
-        let first = self.0.len();
+        let first = self.addresses.len();
         let varies = varies(plan, buffers);
         for iteration in 0..if varies { iterations } else { 1 } {
-            self.0.extend(buffers.iter().map(|&b| memory.address(plan, b, iteration)));
+            for &b in buffers {
+                if let Place::Weight(w) = plan.buffer(b).place {
+                    self.weights[w as usize].push(self.addresses.len());
+                }
+                self.addresses.push(memory.address(plan, b, iteration));
+            }
         }
         Addresses { first, stride: if varies { buffers.len() } else { 0 } }
     }

@@ -1,6 +1,7 @@
 //! Execution of plans made by hand, on every emitter and with one and several threads.
 
 use super::*;
+use crate::files::MappedSlice;
 use chimera_ir::loops::{Builder, Expr, Kernel, Role, Ty};
 use chimera_ir::plan::{BufferDecl, BufferId, Entry, Group, KernelId, Place, StateDecl, Step, WeightDecl};
 use chimera_ir::{DType, Tensor, Type};
@@ -297,4 +298,82 @@ fn an_executable_moves_between_threads() {
         e
     });
     assert_eq!(e.join().unwrap().weight::<f32>("w").unwrap(), ramp(2.0));
+}
+
+/// [`plan`] without the entry point that writes weights.
+fn frozen() -> Plan {
+    let mut plan = plan();
+    plan.entries.retain(|e| e.name != "update");
+    plan
+}
+
+/// Floats in a mapped file, `skew` bytes behind a multiple of 64.
+fn shared(values: &[f32], skew: usize) -> MappedSlice {
+    let mut file = tempfile::NamedTempFile::new().expect("a file");
+    let mut bytes = vec![0; 64 + skew];
+    bytes.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+    std::io::Write::write_all(&mut file, &bytes).expect("written");
+    MappedSlice::open(file.path()).expect("mapped").part(64 + skew..bytes.len()).expect("inside")
+}
+
+#[test]
+fn weights_that_nobody_writes_stay_where_they_are() {
+    for (skew, in_place) in [(0, true), (4, false)] {
+        let mut e = Executable::new(frozen(), &options(2, "portable")).unwrap();
+        let id = e.entry("forward").unwrap();
+        e.set_input(id, "x", &ramp(1.0)).unwrap();
+        let without = e.bytes();
+        let bytes = shared(&ramp(2.0), skew);
+        assert_eq!(e.bind_weight("w", &Type::f32(&[N]), bytes.clone()).unwrap(), in_place);
+        let (copied, mapped) = if in_place { (0, 160) } else { (160, 0) };
+        assert_eq!((e.bytes() - without, e.mapped_bytes()), (copied, mapped));
+        assert_eq!(e.weight::<f32>("w").unwrap().as_ptr().addr() == bytes.as_ptr().addr(), in_place);
+        drop(bytes);
+        e.run("forward").unwrap();
+        assert_eq!(e.output::<f32>(id, "h").unwrap(), ramp(5.0));
+        // Other bytes, then values: what is derived follows, and the steps find the weight where it is.
+        assert!(e.bind_weight("w", &Type::f32(&[N]), shared(&ramp(3.0), 0)).unwrap());
+        e.run("forward").unwrap();
+        assert_eq!(e.output::<f32>(id, "h").unwrap(), ramp(7.0));
+        assert_eq!((e.bytes(), e.mapped_bytes()), (without, 160));
+        e.set_weight("w", &[N], &ramp(4.0)).unwrap();
+        e.run("forward").unwrap();
+        assert_eq!(e.output::<f32>(id, "h").unwrap(), ramp(9.0));
+        assert_eq!((e.bytes(), e.mapped_bytes()), (without + 160, 0));
+    }
+}
+
+#[test]
+fn weights_that_an_entry_point_writes_are_copied() {
+    each(|e| {
+        let (update, before) = (e.entry("update").unwrap(), e.bytes());
+        let bytes = shared(&ramp(2.0), 0);
+        assert!(!e.bind_weight("w", &Type::f32(&[N]), bytes.clone()).unwrap());
+        e.set_input(update, "x", &ramp(1.0)).unwrap();
+        e.run(update).unwrap();
+        assert_eq!(e.weight::<f32>("w").unwrap(), ramp(3.0));
+        assert!(bytes.iter().zip(ramp(2.0).iter().flat_map(|x| x.to_le_bytes())).all(|(a, b)| *a == b));
+        assert_eq!((e.bytes(), e.mapped_bytes()), (before, 0));
+    });
+}
+
+#[test]
+fn weights_have_no_memory_before_they_have_values() {
+    let with = Executable::new(plan(), &options(1, "interp")).unwrap().bytes();
+    let mut e = Executable::new(frozen(), &options(1, "interp")).unwrap();
+    assert!(e.bytes() <= with - 160, "w needs none, m is an optimizer's");
+    assert!(matches!(e.weight::<f32>("w"), Err(ExecError::Unset { .. })));
+    assert!(matches!(e.run("forward"), Err(ExecError::MissingWeights { .. })));
+    let ty = Type::f32(&[N]);
+    assert!(matches!(e.bind_weight("w", &Type::f32(&[N, 1]), shared(&ramp(1.0), 0)), Err(ExecError::Shape { .. })));
+    assert!(matches!(e.bind_weight("w", &ty, shared(&[1.0], 0)), Err(ExecError::Shape { .. })));
+    assert!(matches!(e.bind_weight("v", &ty, shared(&ramp(1.0), 0)), Err(ExecError::Unknown { .. })));
+    let limit = ExecOptions { max_bytes: e.bytes(), ..options(1, "interp") };
+    let mut e = Executable::new(frozen(), &limit).unwrap();
+    assert!(matches!(
+        e.set_weight("w", &[N], &ramp(1.0)),
+        Err(ExecError::Memory { needed: 160, allowed: Some(0), .. })
+    ));
+    assert!(e.bind_weight("w", &ty, shared(&ramp(1.0), 0)).unwrap(), "what is mapped needs no memory");
+    e.prepare().unwrap();
 }

@@ -1,6 +1,7 @@
 //! The weight container `.b158`: named tensors, packed ternary or float, with metadata and a checksum each.
 //!
-//! Invariant: nothing is handed out before its checksum, its size and, for ternary codes, its packing have been checked.
+//! Invariant: sizes and places are checked when the file is opened; [`B158::require`] hands out nothing before its checksum and, for
+//! ternary codes, its packing have been checked. [`B158::mapped`] does not look at the bytes, so that opening a large file is quick.
 //!
 //! Layout, all numbers little-endian:
 //!
@@ -12,17 +13,21 @@
 //! | data | every tensor at a multiple of 64 from the beginning of the file, gaps zero |
 //!
 //! A ternary matrix [n, k] is stored as packed codes (see [`pack_ternary`]) followed by the scales of the padded rows,
-//! `[n rounded up to 32][ceil(k / group)]` row-major; scales of padding rows are zero.
+//! `[n rounded up to 32][ceil(k / group)]` row-major; scales of padding rows are zero. Matrices of one shape, such as those of the
+//! experts of a layer, may be stored as one tensor [count, n, k]: the codes of all, then the scales of all. Its name has `*` in the place
+//! of their number: `layers.1.mlp.experts.*.up_proj.weight`.
 
 mod writer;
 
 pub use super::ternary::{ScaleMode, Ternary, is_packed, pack_ternary, packed_len, padded, ternarise, unpack_ternary};
 pub use writer::{Entry, write};
 
-use super::{Cursor, DType, FileError, HostTensor, IN_MEMORY, Storage, TensorView, map_file};
+use super::{Cursor, DType, FileError, HostTensor, IN_MEMORY, MappedSlice, Storage, TensorView, map_file};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// First bytes of every file; the line ends and the high bit show damage by text-mode transfers.
@@ -79,13 +84,13 @@ impl Encoding {
         let Encoding::Ternary { group, scales } = self else {
             return self.dtype()?.byte_len(shape);
         };
-        let &[n, k] = shape else { return None };
-        if n == 0 || k == 0 || group == 0 {
+        let [count, n, k] = matrices(shape)?;
+        if count == 0 || n == 0 || k == 0 || group == 0 {
             return None;
         }
         let (rows, _) = padded(n, k)?;
         let scales = scales.dtype().byte_len(&[rows, k.div_ceil(group)])?;
-        packed_len(n, k)?.checked_add(scales).filter(|&n| n <= isize::MAX as usize)
+        packed_len(n, k)?.checked_add(scales)?.checked_mul(count).filter(|&n| n <= isize::MAX as usize)
     }
 
     /// The element type of a plain encoding.
@@ -125,11 +130,20 @@ impl Encoding {
     }
 }
 
+/// Number, rows and columns of the matrices of a ternary tensor; `None` of other shapes.
+fn matrices(shape: &[usize]) -> Option<[usize; 3]> {
+    match *shape {
+        [n, k] => Some([1, n, k]),
+        [count, n, k] => Some([count, n, k]),
+        _ => None,
+    }
+}
+
 /// An open `.b158` file.
 #[derive(Debug)]
 pub struct B158 {
     path: PathBuf,
-    storage: Storage,
+    storage: Arc<Storage>,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, Slot>,
 }
@@ -150,7 +164,7 @@ struct Slot {
 pub struct Packed<'a> {
     /// How `bytes` are to be read.
     pub encoding: Encoding,
-    /// Logical dimensions; [output rows, input columns] for a matrix.
+    /// Logical dimensions; [output rows, input columns] for a matrix, with their number in front for several.
     pub shape: &'a [usize],
     /// The stored bytes; aligned to 64 bytes when the file is mapped.
     pub bytes: &'a [u8],
@@ -164,18 +178,17 @@ impl<'a> Packed<'a> {
 
     /// The packed codes and the stored scales of a ternary tensor; `None` for others.
     pub fn ternary(&self) -> Option<(&'a [u8], &'a [u8])> {
-        match (self.encoding, self.shape) {
-            (Encoding::Ternary { .. }, &[n, k]) => self.bytes.split_at_checked(packed_len(n, k)?),
-            _ => None,
-        }
+        let Encoding::Ternary { .. } = self.encoding else { return None };
+        let [count, n, k] = matrices(self.shape)?;
+        self.bytes.split_at_checked(packed_len(n, k)?.checked_mul(count)?)
     }
 
-    /// The scales of a ternary tensor as float32, [padded rows, ceil(k / group)]; `None` for others.
+    /// The scales of a ternary tensor as float32, [matrices, padded rows, ceil(k / group)]; `None` for others.
     pub fn scales(&self) -> Option<Vec<f32>> {
         let Encoding::Ternary { group, scales } = self.encoding else { return None };
-        let &[n, k] = self.shape else { return None };
+        let [count, n, k] = matrices(self.shape)?;
         let (_, bytes) = self.ternary()?;
-        let shape = [padded(n, k)?.0, k.div_ceil(group)];
+        let shape = [count, padded(n, k)?.0, k.div_ceil(group)];
         Some(TensorView::new(scales.dtype(), &shape, bytes).ok()?.to_f32())
     }
 
@@ -189,15 +202,25 @@ impl<'a> Packed<'a> {
 
     fn dequantised(&self) -> Option<Vec<f32>> {
         let Encoding::Ternary { group, .. } = self.encoding else { return None };
-        let &[n, k] = self.shape else { return None };
-        let codes = unpack_ternary(self.ternary()?.0, n, k)?;
-        let scales = self.scales()?;
+        let [count, n, k] = matrices(self.shape)?;
+        let (packed, scales) = (self.ternary()?.0, self.scales()?);
         let per_row = k.div_ceil(group);
-        let rows = codes.chunks_exact(k).zip(scales.chunks_exact(per_row));
-        let values = rows.flat_map(|(codes, scales)| {
-            codes.iter().enumerate().map(move |(i, &code)| f32::from(code) * scales[i / group])
-        });
-        Some(values.collect())
+        let mut values = Vec::with_capacity(count * n * k);
+        let parts = packed.chunks_exact(packed_len(n, k)?).zip(scales.chunks_exact(padded(n, k)?.0 * per_row));
+        for (packed, scales) in parts {
+            let codes = unpack_ternary(packed, n, k)?;
+            let rows = codes.chunks_exact(k).zip(scales.chunks_exact(per_row));
+            values.extend(rows.flat_map(|(codes, scales)| {
+                codes.iter().enumerate().map(move |(i, &code)| f32::from(code) * scales[i / group])
+            }));
+        }
+        Some(values)
+    }
+
+    /// Whether the codes are those of ternary weights; true of plain tensors.
+    fn is_well_packed(&self) -> bool {
+        let (Some((codes, _)), Some([_, n, k])) = (self.ternary(), matrices(self.shape)) else { return true };
+        packed_len(n, k).is_some_and(|len| codes.chunks_exact(len).all(|part| is_packed(part, n, k)))
     }
 
     /// The values as an owned tensor: F32 for a ternary tensor, the stored type for others.
@@ -254,12 +277,20 @@ impl B158 {
         self.verified(name, slot)
     }
 
-    /// Verifies every tensor.
+    /// A tensor where it lies, with its encoding and shape, and without a look at its bytes: they may be damaged, see
+    /// [`B158::verify_all`]. `None` when the file has no such tensor.
+    pub fn mapped(&self, name: &str) -> Option<(Encoding, &[usize], MappedSlice)> {
+        let slot = self.tensors.get(name)?;
+        Some((slot.encoding, &slot.shape, MappedSlice::new(&self.storage, slot.range.clone())?))
+    }
+
+    /// Verifies every tensor that was not verified before, on all threads. Reads the whole file.
     ///
     /// # Errors
     /// The first damaged tensor by name.
     pub fn verify_all(&self) -> Result<(), FileError> {
-        self.tensors.iter().try_for_each(|(name, slot)| self.verified(name, slot).map(|_| ()))
+        let tensors: Vec<(&String, &Slot)> = self.tensors.iter().collect();
+        tensors.par_iter().find_map_first(|(name, slot)| self.verified(name, slot).err()).map_or(Ok(()), Err)
     }
 
     fn verified<'a>(&'a self, name: &str, slot: &'a Slot) -> Result<Packed<'a>, FileError> {
@@ -274,9 +305,7 @@ impl B158 {
         if crc != slot.crc {
             return Err(corrupted(format!("its checksum is {crc:08x}, expected {:08x}", slot.crc)));
         }
-        if let (Some((codes, _)), &[n, k]) = (packed.ternary(), packed.shape)
-            && !is_packed(codes, n, k)
-        {
+        if !packed.is_well_packed() {
             return Err(corrupted("its codes are not packed weights of -1, 0 and 1".to_string()));
         }
         slot.verified.store(true, Ordering::Relaxed);
@@ -327,7 +356,7 @@ impl B158 {
             let reason = format!("its table has {} bytes too many", cursor.bytes.len());
             return Err(corrupted(reason));
         }
-        Ok(B158 { path, storage, metadata, tensors })
+        Ok(B158 { path, storage: Arc::new(storage), metadata, tensors })
     }
 }
 

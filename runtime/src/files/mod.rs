@@ -14,8 +14,9 @@ pub use tensor::{DType, HostTensor, TensorError, TensorView};
 
 use std::fmt;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Why a file could not be read or written.
 #[derive(Debug)]
@@ -167,6 +168,46 @@ impl Deref for Storage {
             Storage::Mapped(map) => map,
             Storage::Owned(bytes) => bytes,
         }
+    }
+}
+
+/// Bytes of an open file that keep it open: shared without a copy, and read-only. What a mapped file holds changes only when another
+/// process writes into it, which programs of this project never do.
+#[derive(Clone, Debug)]
+pub struct MappedSlice {
+    storage: Arc<Storage>,
+    range: Range<usize>,
+}
+
+impl MappedSlice {
+    /// All bytes of a regular file, mapped.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or mapped.
+    pub fn open(path: &Path) -> Result<MappedSlice, FileError> {
+        let storage = Arc::new(map_file(path)?);
+        Ok(MappedSlice { range: 0..storage.len(), storage })
+    }
+
+    /// A part of `storage`; `None` when it does not lie inside.
+    fn new(storage: &Arc<Storage>, range: Range<usize>) -> Option<MappedSlice> {
+        storage.get(range.clone())?;
+        Some(MappedSlice { storage: Arc::clone(storage), range })
+    }
+
+    /// The bytes `range` of this slice; `None` when they do not lie inside.
+    pub fn part(&self, range: Range<usize>) -> Option<MappedSlice> {
+        self.get(range.clone())?;
+        let start = self.range.start;
+        Some(MappedSlice { storage: Arc::clone(&self.storage), range: start + range.start..start + range.end })
+    }
+}
+
+impl Deref for MappedSlice {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.storage[self.range.clone()]
     }
 }
 

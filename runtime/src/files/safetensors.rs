@@ -3,13 +3,14 @@
 //! Invariant: every range is checked against the file before a tensor can be seen, so access never fails. Equal contents
 //! are written as equal bytes.
 
-use super::{DType, FileError, IN_MEMORY, Storage, TensorView, atomic, map_file};
+use super::{DType, FileError, IN_MEMORY, MappedSlice, Storage, TensorView, atomic, map_file};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Longest header that is read, in bytes.
 pub const MAX_HEADER_BYTES: usize = 100_000_000;
@@ -21,7 +22,7 @@ const METADATA: &str = "__metadata__";
 #[derive(Debug)]
 pub struct SafeTensors {
     path: PathBuf,
-    storage: Storage,
+    storage: Arc<Storage>,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -78,6 +79,11 @@ impl SafeTensors {
         })
     }
 
+    /// The bytes of the tensor `name` where they lie, if the file has it.
+    pub fn mapped(&self, name: &str) -> Option<MappedSlice> {
+        MappedSlice::new(&self.storage, self.tensors.get(name)?.range.clone())
+    }
+
     /// All tensors with their names, ascending.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, TensorView<'_>)> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), self.view(entry)))
@@ -115,7 +121,7 @@ impl SafeTensors {
             let entry = info.locate(&path, &name, data..total)?;
             tensors.insert(name, entry);
         }
-        Ok(SafeTensors { path, storage, metadata: header.metadata, tensors })
+        Ok(SafeTensors { path, storage: Arc::new(storage), metadata: header.metadata, tensors })
     }
 }
 

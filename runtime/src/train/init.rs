@@ -71,7 +71,7 @@ pub fn initial(weight: &WeightDecl, range: f64, seed: u64) -> Vec<f32> {
         () if ends("persistent_memory") => normal(SLOT_RANGE),
         () => match weight.kind {
             WeightKind::Ternary | WeightKind::Matrix | WeightKind::Embedding => normal(range as f32),
-            WeightKind::Vector | WeightKind::Buffer | WeightKind::Optimizer => vec![0.0; n],
+            WeightKind::Vector | WeightKind::Buffer | WeightKind::Optimizer | WeightKind::Packed => vec![0.0; n],
         },
     }
 }

@@ -49,16 +49,31 @@ impl<'a> Entry<'a> {
     /// # Panics
     /// When the numbers of codes and scales do not follow from n, k and the group size.
     pub fn ternary(name: &'a str, n: usize, k: usize, weights: &Ternary, scales: ScaleEncoding) -> Self {
-        let per_row = k.div_ceil(weights.group.max(1));
-        assert_eq!(Some(weights.scales.len()), n.checked_mul(per_row), "one scale per row and group");
-        let mut bytes = pack_ternary(&weights.codes, n, k);
-        let mut values = weights.scales.clone();
-        values.resize(n.next_multiple_of(32) * per_row, 0.0);
+        let mut entry = Entry::ternary_stack(name, n, k, std::slice::from_ref(weights), scales);
+        entry.shape.remove(0);
+        entry
+    }
+
+    /// Quantised [n, k] matrices of one group size as one tensor [count, n, k].
+    ///
+    /// # Panics
+    /// As for [`Entry::ternary`], when group sizes differ, or when there is no matrix.
+    pub fn ternary_stack(name: &'a str, n: usize, k: usize, weights: &[Ternary], scales: ScaleEncoding) -> Self {
+        let group = weights[0].group;
+        let per_row = k.div_ceil(group.max(1));
+        let (mut bytes, mut values) = (vec![], vec![]);
+        for (i, part) in weights.iter().enumerate() {
+            let count = n.checked_mul(per_row);
+            assert_eq!((part.group, Some(part.scales.len())), (group, count), "one scale per row and group");
+            bytes.extend(pack_ternary(&part.codes, n, k));
+            values.extend_from_slice(&part.scales);
+            values.resize((i + 1) * n.next_multiple_of(32) * per_row, 0.0);
+        }
         match scales {
             ScaleEncoding::F32 => bytes.extend_from_slice(&f32_bytes(&values)),
             ScaleEncoding::Bf16 => bytes.extend_from_slice(&bf16_bytes(&values)),
         }
-        Entry::stored(name, Encoding::Ternary { group: weights.group, scales }, &[n, k], bytes)
+        Entry::stored(name, Encoding::Ternary { group, scales }, &[weights.len(), n, k], bytes)
     }
 }
 
