@@ -8,6 +8,7 @@ use chimera_runtime::exec::Executable;
 use chimera_runtime::files::HostTensor;
 use chimera_runtime::generate::{Generator, Settings};
 use chimera_runtime::text::{Sampling, Vocab};
+use chimera_runtime::train::weights::WeightFile;
 use chimera_tests::engine::exec_options;
 use chimera_tests::golden::Golden;
 
@@ -25,7 +26,8 @@ fn executable(file: &str, entries: &[(EntryKind, usize, usize)]) -> Executable {
     let options = Options { entries: entries.iter().map(spec).collect(), ..Options::default() };
     let plan = compile(&cfg, &options).expect("the model compiles");
     let mut exe = Executable::new(plan, &exec_options(EMITTER, 2)).expect("the plan is executable");
-    let unused = call::set_weights(&mut exe, &chimera_tests::golden::path("model_params")).expect("the weights fit");
+    let file = WeightFile::open(&chimera_tests::golden::path("model_params")).expect("the weights are there");
+    let unused = file.assign(&mut exe, false).expect("the weights fit");
     assert_eq!(unused, Vec::<String>::new());
     exe
 }

@@ -29,7 +29,7 @@ pub use model::{
 pub use presets::{BYTE_VOCABULARY, O200K_VOCABULARY, Scale};
 pub use schema::schema;
 pub use sizes::{
-    Claim, ParamKind, Parameter, Part, StateRow, Unit, active_parameters, claims, expert_stack, parameter_count, parameters, parts,
-    state_memory,
+    Claim, ParamKind, Parameter, Part, StateRow, Unit, active_parameters, claims, expert_stack, parameter_count,
+    parameters, parts, state_memory,
 };
 pub use table::TABLE;

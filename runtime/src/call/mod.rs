@@ -9,11 +9,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use chimera_ir::plan::WeightKind;
 use chimera_ir::{DType as ElementType, Type};
 
 use crate::exec::{EntryId, ExecError, Executable};
-use crate::files::b158::B158;
 use crate::files::safetensors::SafeTensors;
 use crate::files::{DType, FileError, HostTensor, npy};
 use crate::generate::DECODE;
@@ -101,59 +99,6 @@ pub fn read_tensors(path: &Path) -> Result<Tensors, FileError> {
     let prefix = if file.get(&format!("{IN}tokens")).is_some() { IN } else { "" };
     let inside = file.iter().filter_map(|(name, view)| Some((name.strip_prefix(prefix)?, view)));
     Ok(inside.map(|(name, view)| (name.to_owned(), view.to_owned())).collect())
-}
-
-/// Set every weight of the plan that is no optimizer memory from a `.b158` or safetensors file. Returns the names of the tensors that
-/// the plan does not have.
-///
-/// # Errors
-/// A file that cannot be read, and missing, misshapen or packed tensors, or values that are not finite.
-pub fn set_weights(exe: &mut Executable, path: &Path) -> Result<Vec<String>, CallError> {
-    let mut unused = vec![];
-    let mut tensors = Tensors::new();
-    let mut keep = |exe: &Executable, name: &str| {
-        let known = exe.plan().weights.iter().any(|w| w.name == name);
-        if !known {
-            unused.push(name.to_owned());
-        }
-        known
-    };
-    if path.extension().is_some_and(|e| e == "safetensors") {
-        let file = SafeTensors::open(path)?;
-        tensors.extend(file.iter().filter(|(n, _)| keep(exe, n)).map(|(n, t)| (n.to_owned(), t.to_owned())));
-    } else {
-        let file = B158::open(path)?;
-        for (name, ..) in file.iter().filter(|(n, ..)| keep(exe, n)) {
-            let packed = file.require(name)?;
-            let Some(plain) = packed.plain() else { return bad(name, "is packed ternary, expected its float latents") };
-            tensors.insert(name.to_owned(), plain.to_owned());
-        }
-    }
-    for weight in exe.plan().weights.clone().iter().filter(|w| w.kind != WeightKind::Optimizer) {
-        let (name, dims) = (&weight.name, &weight.ty.dims);
-        match tensors.get(name) {
-            None => {
-                return bad(
-                    name,
-                    format!("is missing in {}; check that the file belongs to this configuration", path.display()),
-                );
-            }
-            Some(t) if t.shape() != dims => {
-                return bad(name, format!("has shape {:?} in {}, expected {dims:?}", t.shape(), path.display()));
-            }
-            Some(t) => {
-                let values = t.to_f32();
-                if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-                    return bad(
-                        name,
-                        format!("element {at} in {} is {}, expected finite numbers", path.display(), values[at]),
-                    );
-                }
-                exe.set_weight(name, dims, &values)?;
-            }
-        }
-    }
-    Ok(unused)
 }
 
 /// Integers of 32 or 64 bits as `i32`, each within `range`.

@@ -131,11 +131,11 @@ pub fn meta(file: &WeightFile) -> Result<Option<Meta>, TrainError> {
     }))
 }
 
-/// Sets weights and optimizer memory of `exec` from a checkpoint.
+/// Sets weights and optimizer memory of `exec` from a checkpoint. Returns the names of the tensors that nothing reads.
 ///
 /// # Errors
 /// As for [`WeightFile::assign`].
-pub fn restore(file: &WeightFile, exec: &mut Executable) -> Result<(), TrainError> {
+pub fn restore(file: &WeightFile, exec: &mut Executable) -> Result<Vec<String>, TrainError> {
     let optimizer = exec.plan().weights.iter().any(|w| w.kind == WeightKind::Optimizer);
     file.assign(exec, optimizer)
 }
@@ -218,13 +218,21 @@ mod tests {
             assert_eq!(error.exit_code(), code, "{error}");
             assert!(error.to_string().contains(what), "{error}");
         };
-        check(&[("a.weight", [2, 3], &good)], 1, "1 of 3 weights are missing: `b`");
+        check(&[("a.weight", [2, 3], &good)], 1, "1 of 2 weights are missing: `b`;");
+        let near = "weights are missing: `a.weight`; the file has `a.weigth`, which nothing reads";
+        check(&[("a.weigth", [2, 3], &good), ("b", [2, 3], &good)], 1, near);
         check(&[("a.weight", [2, 3], &good), ("b", [3, 2], &good)], 1, "`b` has shape [3, 2], expected [2, 3]");
         check(&[("a.weight", [2, 3], &good), ("b", [2, 3], &nan)], 5, "`b` has the value NaN at element 3");
-        check(
-            &[("a.weight", [2, 3], &good), ("b", [2, 3], &good), ("c", [2, 3], &good)],
-            1,
-            "no weights of this configuration: `c`",
-        );
+    }
+
+    #[test]
+    fn tensors_that_nothing_reads_are_reported() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("w.b158");
+        let names = ["a.weight", "b", "c", "optim.momentum.b", "optim.momentum.d"];
+        let tensors: Vec<Entry<'_>> = names.iter().map(|n| Entry::f32(n, &[2, 3], &[0.5; 6])).collect();
+        b158::write(&path, &tensors, &BTreeMap::new()).expect("written");
+        let unused = WeightFile::open(&path).expect("opened").assign(&mut executable(), false).expect("all is there");
+        assert_eq!(unused, ["c"]);
     }
 }

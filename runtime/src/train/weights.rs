@@ -1,14 +1,18 @@
 //! Weights from files into an executable.
 //!
-//! Invariant: after success every weight of the plan that is no optimizer memory holds finite values of the file; the file's tensors
-//! and the plan's weights are the same set.
+//! Invariant: after success every weight of the plan that is no optimizer memory has values of the file: finite ones where they are
+//! floats, codes and scales unread where they are packed. Tensors that nothing reads are reported, never passed over in silence.
 
 use super::TrainError;
 use crate::exec::Executable;
-use crate::files::b158::{B158, Encoding};
+use crate::files::b158::{B158, Encoding, ScaleEncoding, packed_len, padded};
 use crate::files::safetensors::SafeTensors;
-use chimera_ir::plan::WeightKind;
-use std::collections::BTreeMap;
+use crate::files::{DType, MappedSlice};
+use chimera_ir::plan::{CODES, SCALES, WeightDecl, WeightKind};
+use chimera_ir::{DType as ElementType, Type};
+use rayon::prelude::*;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// Names of optimizer memory begin so.
@@ -27,11 +31,22 @@ enum Content {
     SafeTensors(SafeTensors),
 }
 
+/// A ternary tensor of a file: codes and scales of one matrix, or of several of one shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedTensor<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// [rows, columns], with the number of matrices in front for several.
+    pub shape: &'a [usize],
+    /// Columns that share a scale.
+    pub group: usize,
+}
+
 impl WeightFile {
-    /// Opens a `.safetensors` file, or a `.b158` file under any other name.
+    /// Opens a `.safetensors` file, or a `.b158` file under any other name. Reads the names, not the tensors.
     ///
     /// # Errors
-    /// When the file cannot be opened or is damaged.
+    /// When the file cannot be opened or its header is damaged.
     pub fn open(path: &Path) -> Result<WeightFile, TrainError> {
         let safetensors = path.extension().is_some_and(|e| e == "safetensors");
         let content = match safetensors {
@@ -54,87 +69,252 @@ impl WeightFile {
         }
     }
 
-    fn names(&self) -> Vec<&str> {
+    /// The names of all tensors, ascending.
+    pub fn names(&self) -> Vec<&str> {
         match &self.content {
             Content::B158(file) => file.iter().map(|t| t.0).collect(),
             Content::SafeTensors(file) => file.names().collect(),
         }
     }
 
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+    /// The tensors that are packed ternary, ascending by name.
+    pub fn packed(&self) -> Vec<PackedTensor<'_>> {
+        let Content::B158(file) = &self.content else { return vec![] };
+        let packed = |(name, encoding, shape)| match encoding {
+            Encoding::Ternary { group, .. } => Some(PackedTensor { name, shape, group }),
+            _ => None,
+        };
+        file.iter().filter_map(packed).collect()
+    }
+
+    /// Compares all tensors with their checksums, on all threads. A safetensors file has none.
+    ///
+    /// # Errors
+    /// The first damaged tensor by name.
+    pub fn verify(&self) -> Result<(), TrainError> {
         match &self.content {
-            Content::B158(file) => file.iter().find(|t| t.0 == name).map(|t| t.2.to_vec()),
-            Content::SafeTensors(file) => file.get(name).map(|t| t.shape().to_vec()),
+            Content::B158(file) => Ok(file.verify_all()?),
+            Content::SafeTensors(_) => Ok(()),
         }
     }
 
-    /// The values of a tensor; packed ternary tensors have lost the latents that training and packing start from.
-    fn values(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+    /// Shape and values of a float tensor.
+    ///
+    /// # Errors
+    /// No such tensor, one that is packed ternary, damage, or values that are not finite.
+    pub fn floats(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), TrainError> {
+        let float = self.float(name)?;
+        self.check_finite(name, &float)?;
+        Ok((float.shape.to_vec(), float.values().into_owned()))
+    }
+
+    /// A float tensor, its checksum verified.
+    fn float(&self, name: &str) -> Result<Float<'_>, TrainError> {
         match &self.content {
             Content::B158(file) => {
-                let tensor = file.require(name)?;
-                match tensor.encoding {
-                    Encoding::Ternary { .. } => Err(self.wrong(format!(
-                        "tensor `{name}` is packed ternary, expected its float latents; use a checkpoint of a training run"
-                    ))),
-                    _ => Ok(tensor.to_f32()),
+                if let Some((Encoding::Ternary { .. }, ..)) = file.mapped(name) {
+                    return Err(self.wrong(format!(
+                        "tensor `{name}` is packed ternary, expected floats; use the checkpoint or file that it was packed from"
+                    )));
                 }
+                let (view, missing) = (file.require(name)?.plain(), || self.absent(name));
+                let view = view.ok_or_else(missing)?;
+                let bytes = file.mapped(name).ok_or_else(missing)?.2;
+                Ok(Float { dtype: view.dtype(), shape: view.shape(), bytes })
             }
-            Content::SafeTensors(file) => Ok(file.require(name)?.to_f32()),
+            Content::SafeTensors(file) => {
+                let view = file.require(name)?;
+                let bytes = file.mapped(name).ok_or_else(|| self.absent(name))?;
+                Ok(Float { dtype: view.dtype(), shape: view.shape(), bytes })
+            }
         }
+    }
+
+    fn absent(&self, name: &str) -> TrainError {
+        self.wrong(format!("tensor `{name}` cannot be read as floats; convert it"))
+    }
+
+    fn check_finite(&self, name: &str, float: &Float<'_>) -> Result<(), TrainError> {
+        if float.is_finite() {
+            return Ok(());
+        }
+        let values = float.values();
+        let index = values.iter().position(|x| !x.is_finite()).unwrap_or(0);
+        let value = values.get(index).copied().unwrap_or(f32::NAN);
+        Err(TrainError::NotFinite { path: self.path.clone(), tensor: name.to_owned(), index, value })
     }
 
     fn wrong(&self, reason: String) -> TrainError {
         TrainError::Weights { path: self.path.clone(), reason }
     }
 
-    /// Sets all weights of `exec` from this file; optimizer memory too when the file has it and `optimizer` asks for it.
+    /// Sets all weights of `exec` from this file; optimizer memory too when `optimizer` asks for it. Returns the names of the tensors
+    /// that the plan does not read, ascending, optimizer memory left out.
+    ///
+    /// Weights that no entry point writes stay in the file where their form there is that of the plan. Checksums of float tensors are
+    /// verified; packed tensors are not read at all, unless [`WeightFile::verify`] does it.
     ///
     /// # Errors
-    /// Missing, unknown or misshapen tensors, values that are not finite, or damage. The executable may then hold some of the weights.
-    pub fn assign(&self, exec: &mut Executable, optimizer: bool) -> Result<(), TrainError> {
-        let wanted = exec.plan().weights.clone();
+    /// Missing or misshapen tensors, values that are not finite, or damage. The executable may then hold some of the weights.
+    pub fn assign(&self, exec: &mut Executable, optimizer: bool) -> Result<Vec<String>, TrainError> {
+        let mut wanted = exec.plan().weights.clone();
+        wanted.retain(|w| w.kind != WeightKind::Optimizer || optimizer);
         let names = self.names();
-        let missing: Vec<&str> = wanted
-            .iter()
-            .filter(|w| w.kind != WeightKind::Optimizer || optimizer)
-            .map(|w| w.name.as_str())
-            .filter(|n| !names.contains(n))
-            .collect();
+        let read: HashSet<&str> = wanted.iter().map(source).collect();
+        let unused: Vec<&str> =
+            names.iter().copied().filter(|n| !read.contains(n) && !n.starts_with(OPTIMIZER)).collect();
+        let mut seen = HashSet::new();
+        let missing: Vec<&str> =
+            wanted.iter().map(source).filter(|n| names.binary_search(n).is_err() && seen.insert(*n)).collect();
         if !missing.is_empty() {
+            let near = match nearest(missing[0], &unused) {
+                Some(near) => format!("; the file has `{near}`, which nothing reads"),
+                None => String::new(),
+            };
             return Err(self.wrong(format!(
-                "{} of {} weights are missing: {}; check that the file belongs to this configuration",
+                "{} of {} weights are missing: {}{near}; check that the file belongs to this configuration",
                 missing.len(),
                 wanted.len(),
                 few(&missing)
             )));
         }
-        let known = |n: &&str| n.starts_with(OPTIMIZER) || wanted.iter().any(|w| w.name == **n);
-        let unknown: Vec<&str> = names.iter().copied().filter(|n| !known(n)).collect();
-        if !unknown.is_empty() {
-            return Err(self.wrong(format!(
-                "{} tensors are no weights of this configuration: {}; check that the file belongs to it",
-                unknown.len(),
-                few(&unknown)
-            )));
-        }
-        for weight in wanted.iter().filter(|w| w.kind != WeightKind::Optimizer || optimizer) {
-            let (name, dims) = (&weight.name, &weight.ty.dims);
-            let shape = self.shape(name).unwrap_or_default();
-            if shape != *dims {
-                return Err(self.wrong(format!(
-                    "tensor `{name}` has shape {shape:?}, expected {dims:?}; check that the file belongs to this configuration"
-                )));
+        let (packed, floats): (Vec<&WeightDecl>, Vec<&WeightDecl>) =
+            wanted.iter().partition(|w| w.kind == WeightKind::Packed);
+        // All checks in parallel; the first error by order of the plan counts.
+        let checked = floats.par_iter().map(|w| {
+            let float = self.float(&w.name)?;
+            self.check_shape(&w.name, float.shape, &w.ty.dims)?;
+            self.check_finite(&w.name, &float).map(|()| float)
+        });
+        let checked: Vec<Result<Float<'_>, TrainError>> = checked.collect();
+        for (weight, float) in floats.into_iter().zip(checked) {
+            let float = float?;
+            match float.element() {
+                Some(dtype) if dtype == weight.ty.dtype => {
+                    exec.bind_weight(&weight.name, &weight.ty, float.bytes).map(drop)?
+                }
+                _ => exec.set_weight(&weight.name, &weight.ty.dims, &float.values())?,
             }
-            let values = self.values(name)?;
-            if let Some(index) = values.iter().position(|x| !x.is_finite()) {
-                let (path, tensor) = (self.path.clone(), name.clone());
-                return Err(TrainError::NotFinite { path, tensor, index, value: values[index] });
-            }
-            exec.set_weight(name, dims, &values)?;
         }
-        Ok(())
+        for weight in packed {
+            self.assign_packed(exec, weight)?;
+        }
+        Ok(unused.into_iter().map(str::to_owned).collect())
     }
+
+    fn check_shape(&self, name: &str, found: &[usize], expected: &[usize]) -> Result<(), TrainError> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(self.wrong(format!(
+            "tensor `{name}` has shape {found:?}, expected {expected:?}; check that the file belongs to this configuration"
+        )))
+    }
+
+    /// Codes or scales of a packed tensor.
+    fn assign_packed(&self, exec: &mut Executable, weight: &WeightDecl) -> Result<(), TrainError> {
+        let name = source(weight);
+        let found = match &self.content {
+            Content::B158(file) => file.mapped(name),
+            Content::SafeTensors(_) => None,
+        };
+        let Some((Encoding::Ternary { group, scales }, shape, bytes)) = found else {
+            return Err(self.wrong(format!(
+                "tensor `{name}` is a float latent, the plan was compiled for packed weights; pack the file by `chimera-run pack`"
+            )));
+        };
+        let size = match *shape {
+            [.., n, k] => packed_len(n, k).zip(padded(n, k)).map(|(len, padded)| (n, k, len, padded.0)),
+            _ => None,
+        };
+        let Some((n, k, len, rows)) = size else {
+            return Err(self.wrong(format!("tensor `{name}` has shape {shape:?}, expected matrices")));
+        };
+        let (lead, per_row) = (&shape[..shape.len() - 2], k.div_ceil(group));
+        let count: usize = lead.iter().product();
+        let codes = count * len;
+        let part = |range| bytes.part(range).ok_or_else(|| self.wrong(format!("tensor `{name}` is too short")));
+        if weight.name.ends_with(CODES) {
+            let ty = Type::new(ElementType::U8, &[lead, &[rows / 32, len / rows, 32]].concat());
+            self.check_shape(name, &ty.dims, &weight.ty.dims)?;
+            exec.bind_weight(&weight.name, &ty, part(0..codes)?)?;
+            return Ok(());
+        }
+        let ty = Type::f32(&[lead, &[n, per_row]].concat());
+        self.check_shape(name, &ty.dims, &weight.ty.dims)?;
+        if scales == ScaleEncoding::F32 && (count == 1 || n == rows) {
+            exec.bind_weight(&weight.name, &ty, part(codes..codes + ty.bytes())?)?;
+            return Ok(());
+        }
+        // Rows of padding lie between the matrices, or the scales are narrow.
+        let stored = part(codes..bytes.len())?;
+        let dtype = if scales == ScaleEncoding::F32 { DType::F32 } else { DType::BF16 };
+        let stored = Float { dtype, shape: &[], bytes: stored };
+        let values = stored.values();
+        let wanted: Vec<f32> = values.chunks_exact(rows * per_row).flat_map(|m| &m[..n * per_row]).copied().collect();
+        Ok(exec.set_weight(&weight.name, &ty.dims, &wanted)?)
+    }
+}
+
+/// The tensor of a file that a weight comes from.
+fn source(weight: &WeightDecl) -> &str {
+    let name = weight.name.as_str();
+    match weight.kind {
+        WeightKind::Packed => name.strip_suffix(CODES).or(name.strip_suffix(SCALES)).unwrap_or(name),
+        _ => name,
+    }
+}
+
+/// A float tensor of a file.
+struct Float<'a> {
+    dtype: DType,
+    shape: &'a [usize],
+    bytes: MappedSlice,
+}
+
+impl Float<'_> {
+    /// The element type in memory whose bytes are the same.
+    fn element(&self) -> Option<ElementType> {
+        match self.dtype {
+            DType::F32 => Some(ElementType::F32),
+            DType::BF16 => Some(ElementType::BF16),
+            _ => None,
+        }
+    }
+
+    fn values(&self) -> Cow<'_, [f32]> {
+        let n = [self.bytes.len() / self.dtype.size()];
+        match crate::files::TensorView::new(self.dtype, &n, &self.bytes) {
+            Ok(view) => Cow::Owned(view.to_f32()),
+            Err(_) => Cow::Borrowed(&[]),
+        }
+    }
+
+    /// Whether all values are finite numbers, of the common types without a copy.
+    fn is_finite(&self) -> bool {
+        // All bits of the exponent are set in infinities and NaN. Folding instead of a search, for vector registers.
+        match self.dtype {
+            DType::F32 => !self
+                .bytes
+                .as_chunks::<4>()
+                .0
+                .chunks(1 << 12)
+                .any(|c| c.iter().fold(false, |bad, b| bad | (u32::from_le_bytes(*b) & 0x7F80_0000 == 0x7F80_0000))),
+            DType::BF16 => !self.bytes.as_chunks::<2>().0.iter().any(|b| u16::from_le_bytes(*b) & 0x7F80 == 0x7F80),
+            _ => self.values().iter().all(|x| x.is_finite()),
+        }
+    }
+}
+
+/// The name that shares most with `name` at both ends, if that is most of it.
+fn nearest<'a>(name: &str, names: &[&'a str]) -> Option<&'a str> {
+    let shared = |other: &str| {
+        let head = name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+        let tail = name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
+        (head + tail).min(name.len())
+    };
+    let best = names.iter().copied().max_by_key(|n| shared(n))?;
+    (shared(best) * 3 >= name.len() * 2).then_some(best)
 }
 
 /// The first names of a list.

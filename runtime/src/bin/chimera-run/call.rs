@@ -3,10 +3,11 @@
 //! Invariant: the plan is compiled for the shapes of the inputs; names and shapes outside are those of the executable specification.
 
 use crate::hyper::{Entries, EstimatorName, HyperArgs, Mode};
-use crate::model::{Model, Source, compile_entries};
+use crate::model::{Model, Source};
 use crate::options::{Failure, ModelOptions, RunOptions};
+use crate::weights::{self, WeightOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
-use chimera_frontends::config::{self, ModelConfig};
+use chimera_frontends::config;
 use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
 use chimera_runtime::call::{self, CallError, Tensors};
@@ -17,7 +18,7 @@ use clap::ValueEnum;
 use serde_json::json;
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Ways into a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -83,9 +84,8 @@ pub struct Args {
     /// Entry point
     #[arg(short, long, env = "CHIMERA_ENTRY")]
     entry: Entry,
-    /// Weights: .safetensors or .b158; those that the model brings when absent
-    #[arg(short, long, env = "CHIMERA_WEIGHTS", value_name = "FILE")]
-    weights: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightOptions,
     /// Inputs: a .safetensors file, or a .npy file with the tokens
     #[arg(short, long, env = "CHIMERA_INPUTS", value_name = "FILE", required_unless_present = "input")]
     inputs: Option<PathBuf>,
@@ -106,7 +106,8 @@ pub struct Args {
     adaptive: bool,
     #[command(flatten)]
     probes: Probes,
-    /// Print names and shapes of the outputs, and small ones with their values, as one JSON object
+    /// Print names and shapes of the outputs, and small ones with their values, as one JSON object; tensors of the weight file that
+    /// nothing reads are in its list `unused_weights`
     #[arg(long, env = "CHIMERA_JSON")]
     json: bool,
 }
@@ -147,14 +148,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     model.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
     let entry = spec(&args, &model, &mut inputs)?;
     let name = entry.kind.name();
-    let mut exe = Executable::new(plan(&args, &model, entry)?, &args.exec.exec())?;
-    match (&args.weights, &model.source) {
-        (Some(path), _) => set_weights(&mut exe, &model.config, path)?,
-        (None, Source::Weights(file, _)) => file.assign(&mut exe, false)?,
-        (None, _) => return Err(Failure::usage("the model has no weights; give --weights FILE")),
-    }
+    let file = weights::open(&args.weights, &model)?;
+    let packed = weights::packed(&file, &model.config)?;
+    let mut exe = Executable::new(plan(&args, &model, entry, packed)?, &args.exec.exec())?;
+    let unused = weights::load(&file, &model.config, &mut exe, false)?;
     let outputs = call::run(&mut exe, name, &inputs)?;
-    write(&args, &outputs)
+    write(&args, &outputs, &unused)
 }
 
 /// The model; a safetensors file may stand for the configuration in its header.
@@ -229,27 +228,16 @@ fn spec(args: &Args, model: &Model, inputs: &mut Tensors) -> Result<EntrySpec, F
 }
 
 /// The plan that was named, or one compiled for the inputs.
-fn plan(args: &Args, model: &Model, entry: EntrySpec) -> Result<Plan, Failure> {
+fn plan(args: &Args, model: &Model, entry: EntrySpec, packed: HashSet<String>) -> Result<Plan, Failure> {
     match &model.source {
         Source::Plan(_) if args.loops.is_some() || args.adaptive => {
             Err(Failure::usage("--loops and --adaptive are built into a compiled plan; name the configuration instead"))
         }
-        Source::Plan(_) => model.plan(vec![entry], &args.exec.target),
-        _ => compile_entries(&model.config, vec![entry], &args.exec.target),
+        _ => model.plan(vec![entry], packed, &args.exec.target),
     }
 }
 
-/// Sets the weights that the plan has; parameters of the model that the entry point does not read may be in the file.
-fn set_weights(exe: &mut Executable, config: &ModelConfig, path: &Path) -> Result<(), Failure> {
-    let unused = call::set_weights(exe, path)?;
-    let known: HashSet<String> = config::parameters(config).into_iter().map(|p| p.name).collect();
-    for name in unused.iter().filter(|n| !known.contains(*n) && !n.starts_with("optim.")) {
-        eprintln!("warning: {}: tensor `{name}` is no weight of this model and has no effect", path.display());
-    }
-    Ok(())
-}
-
-fn write(args: &Args, outputs: &Tensors) -> Result<(), Failure> {
+fn write(args: &Args, outputs: &Tensors, unused: &[String]) -> Result<(), Failure> {
     for (name, path) in &args.output {
         let Some(tensor) = outputs.get(name) else {
             let known: Vec<&str> = outputs.keys().map(String::as_str).collect();
@@ -269,6 +257,9 @@ fn write(args: &Args, outputs: &Tensors) -> Result<(), Failure> {
                 row["values"] = t.to_i64().map_or_else(|_| json!(t.to_f32()), |ints| json!(ints));
             }
             all.insert(name.clone(), row);
+        }
+        if !unused.is_empty() {
+            all.insert("unused_weights".into(), json!(unused));
         }
         writeln!(io::stdout().lock(), "{}", serde_json::Value::Object(all))?;
     }

@@ -5,12 +5,12 @@
 use crate::model::{Model, Source};
 use crate::options::{Failure, ModelOptions, RunOptions};
 use crate::session::Interrupt;
+use crate::weights::{self, WeightOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::layers::Depth;
 use chimera_runtime::exec::Executable;
 use chimera_runtime::generate::{Generator, Settings, Stop};
 use chimera_runtime::text::{Sampling, StreamDecoder, Vocab};
-use chimera_runtime::train::weights::WeightFile;
 use serde_json::json;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -25,9 +25,8 @@ pub struct Args {
     model: ModelOptions,
     #[command(flatten)]
     exec: RunOptions,
-    /// Weights, for a model that is named by its configuration or plan
-    #[arg(long, env = "CHIMERA_WEIGHTS", value_name = "FILE")]
-    weights: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightOptions,
     /// Text to continue
     #[arg(short, long, env = "CHIMERA_PROMPT", required_unless_present = "file")]
     prompt: Option<String>,
@@ -80,7 +79,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     let vocab = model.vocab(args.model.vocab.as_ref())?;
     let prompt = prompt(&args, &vocab)?;
-    let mut exe = executable(&args, &model)?;
+    let (mut exe, unused) = executable(&args, &model)?;
     let interrupt = Interrupt::register()?;
     let defaults = &model.config.generation;
     let settings = Settings {
@@ -100,6 +99,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         text: String::new(),
         tokens: vec![],
         args: &args,
+        unused,
     };
     let started = Instant::now();
     let mut generator = Generator::new(&mut exe, &vocab)?;
@@ -148,33 +148,27 @@ fn prompt(args: &Args, vocab: &Vocab) -> Result<Vec<u32>, Failure> {
     }
 }
 
-/// The compiled model with its weights.
-fn executable(args: &Args, model: &Model) -> Result<Executable, Failure> {
+/// The compiled model with its weights, and the tensors of the weight file that it does not read.
+fn executable(args: &Args, model: &Model) -> Result<(Executable, Vec<String>), Failure> {
     if args.loops.is_some() && model.config.looping.is_none() {
         return Err(Failure::usage("--loops has no meaning for a model without looped layers"));
     }
     let depth = args.loops.map(|n| Depth::Fixed(n.into()));
     let spec = |kind, tokens| EntrySpec { kind, rows: 1, tokens, depth };
     let entries = vec![spec(EntryKind::Prefill, args.chunk.into()), spec(EntryKind::Decode, 1)];
+    let file = weights::open(&args.weights, model)?;
+    let packed = weights::packed(&file, &model.config)?;
     let plan = match (&model.source, depth) {
         (Source::Plan(_), Some(_)) => {
             return Err(Failure::usage("--loops is built into a compiled plan; name the configuration instead"));
         }
         // A plan may do without prefill.
         (Source::Plan(plan), None) => (**plan).clone(),
-        _ => model.plan(entries, &args.exec.target)?,
+        _ => model.plan(entries, packed, &args.exec.target)?,
     };
     let mut exe = Executable::new(plan, &args.exec.exec())?;
-    match (&args.weights, &model.source) {
-        (Some(path), _) => WeightFile::open(path)?.assign(&mut exe, false)?,
-        (None, Source::Weights(file, _)) => file.assign(&mut exe, false)?,
-        (None, _) => {
-            return Err(Failure::usage(
-                "the model has no weights; name a folder of a training run or a .b158 file, or give --weights FILE",
-            ));
-        }
-    }
-    Ok(exe)
+    let unused = weights::load(&file, &model.config, &mut exe, args.quiet)?;
+    Ok((exe, unused))
 }
 
 /// New tokens on their way to stdout.
@@ -185,6 +179,8 @@ struct Output<'a> {
     text: String,
     tokens: Vec<u32>,
     args: &'a Args,
+    /// Tensors of the weight file that nothing reads, for `--json`.
+    unused: Vec<String>,
 }
 
 impl Output<'_> {
@@ -218,6 +214,7 @@ impl Output<'_> {
                 "seed": self.args.seed,
                 "prefill_seconds": read,
                 "decode_seconds": wrote,
+                "unused_weights": self.unused,
             });
             return writeln!(self.out, "{result}");
         }

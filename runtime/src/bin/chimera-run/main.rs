@@ -10,9 +10,11 @@ mod generate;
 mod hyper;
 mod model;
 mod options;
+mod pack;
 mod quickstart;
 mod session;
 mod train;
+mod weights;
 
 use clap::{Parser, Subcommand};
 use options::Failure;
@@ -37,6 +39,8 @@ enum Command {
     Generate(Box<generate::Args>),
     /// Run one entry point on given tensors
     Call(Box<call::Args>),
+    /// Pack the ternary weights of a model: 2 bits a weight instead of 32
+    Pack(Box<pack::Args>),
     /// Train a small model on the embedded corpus and let it write
     Quickstart(Box<quickstart::Args>),
 }
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Generate(args) => generate::run(*args),
         Command::Call(args) => call::run(*args),
+        Command::Pack(args) => pack::run(*args),
         Command::Quickstart(args) => quickstart::run(*args),
     };
     match result {

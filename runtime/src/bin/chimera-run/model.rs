@@ -9,8 +9,9 @@ use chimera_frontends::config::{self, Loaded, ModelConfig, O200K_VOCABULARY, Ove
 use chimera_ir::plan::{self, Plan};
 use chimera_runtime::files::b158;
 use chimera_runtime::text::{Vocab, VocabSpec};
-use chimera_runtime::train::checkpoint::{self, Meta};
+use chimera_runtime::train::checkpoint;
 use chimera_runtime::train::weights::WeightFile;
+use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -27,8 +28,8 @@ pub enum Source {
     Config,
     /// A compiled plan: no weights yet.
     Plan(Box<Plan>),
-    /// Weights that bring their configuration, and what a checkpoint says besides.
-    Weights(WeightFile, Option<Box<Meta>>),
+    /// Weights that bring their configuration.
+    Weights(WeightFile),
 }
 
 /// A model.
@@ -80,7 +81,6 @@ impl Model {
     fn weights(path: &Path, options: &ModelOptions, vocab_size: Option<usize>) -> Result<Model, Failure> {
         refuse_overrides(options, "weights, which bring their own configuration")?;
         let file = WeightFile::open(path)?;
-        let meta = checkpoint::meta(&file)?.map(Box::new);
         let text = file.metadata().get("config").ok_or_else(|| {
             Failure::usage(format!(
                 "{}: the weights bring no configuration; name the configuration and give the weights apart",
@@ -89,7 +89,7 @@ impl Model {
         })?;
         let loaded = config::from_text(&path.display().to_string(), text, &Overrides::default())?;
         check_vocab(path, loaded.model.vocab_size, vocab_size)?;
-        Ok(Model::of(loaded, Source::Weights(file, meta)))
+        Ok(Model::of(loaded, Source::Weights(file)))
     }
 
     fn of(loaded: Loaded, source: Source) -> Model {
@@ -106,8 +106,8 @@ impl Model {
     /// When there is none, it cannot be read, or its size is not that of the model (3).
     pub fn vocab(&self, spec: Option<&VocabSpec>) -> Result<Vocab, Failure> {
         let saved = match &self.source {
-            Source::Weights(_, Some(meta)) => Some(Vocab::from_text(&meta.vocab)?),
-            _ => None,
+            Source::Weights(file) => file.metadata().get("vocab").map(|text| Vocab::from_text(text)).transpose()?,
+            Source::Config | Source::Plan(_) => None,
         };
         let vocab = match (spec, saved) {
             (None, Some(vocab)) | (Some(VocabSpec::Restricted), Some(vocab))
@@ -152,13 +152,13 @@ impl Model {
         )))
     }
 
-    /// A plan with the given entry points: compiled, or the plan that was named, which must have them.
+    /// A plan with the given entry points: compiled for the ternary weights `packed`, or the plan that was named, which must have them.
     ///
     /// # Errors
     /// When the configuration cannot be compiled, or the named plan lacks an entry point.
-    pub fn plan(&self, entries: Vec<EntrySpec>, target: &Target) -> Result<Plan, Failure> {
+    pub fn plan(&self, entries: Vec<EntrySpec>, packed: HashSet<String>, target: &Target) -> Result<Plan, Failure> {
         let Source::Plan(plan) = &self.source else {
-            return compile_entries(&self.config, entries, target);
+            return compile_entries(&self.config, entries, packed, target);
         };
         for name in entries.iter().map(|e| e.kind.name()) {
             if plan.entry(name).is_none() {
@@ -173,12 +173,17 @@ impl Model {
     }
 }
 
-/// Compiles a configuration in process.
+/// Compiles a configuration in process, with codes in place of the latents of the ternary weights `packed`.
 ///
 /// # Errors
 /// When it cannot be compiled.
-pub fn compile_entries(config: &ModelConfig, entries: Vec<EntrySpec>, target: &Target) -> Result<Plan, Failure> {
-    let options = Options { target: target.to_string(), entries, ..Options::default() };
+pub fn compile_entries(
+    config: &ModelConfig,
+    entries: Vec<EntrySpec>,
+    packed: HashSet<String>,
+    target: &Target,
+) -> Result<Plan, Failure> {
+    let options = Options { target: target.to_string(), entries, packed, ..Options::default() };
     Ok(compile(config, &options)?)
 }
 

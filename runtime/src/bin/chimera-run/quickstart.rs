@@ -15,6 +15,7 @@ use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::metrics::Log;
 use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{Budget, Decay, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
+use std::collections::HashSet;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -189,7 +190,7 @@ fn reached(before: &LossTally, after: &LossTally, entropy: f64, progress: &Progr
 fn sample(model: &ModelConfig, vocab: &Vocab, path: &Path, exec: &ExecArgs) -> Result<(), Failure> {
     let spec = |kind, tokens| EntrySpec { kind, rows: 1, tokens, depth: None };
     let entries = vec![spec(EntryKind::Prefill, CHUNK), spec(EntryKind::Decode, 1)];
-    let mut exe = Executable::new(compile_entries(model, entries, &exec.target)?, &exec.exec())?;
+    let mut exe = Executable::new(compile_entries(model, entries, HashSet::new(), &exec.target)?, &exec.exec())?;
     WeightFile::open(path)?.assign(&mut exe, false)?;
     let mut generator = Generator::new(&mut exe, vocab)?;
     generator.feed(&vocab.encode(PROMPT))?;

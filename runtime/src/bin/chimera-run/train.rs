@@ -7,6 +7,7 @@ use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::session::{Interrupt, Reporter, training_entries, training_plan};
+use crate::weights;
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
 use chimera_runtime::text::{self, Batches, Split, TextError, TokenSource, TokenStream, Vocab, VocabSpec};
@@ -14,6 +15,7 @@ use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::metrics::{Log, Short};
 use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{Budget, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -95,6 +97,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let reporter = Reporter::new(None, args.json, args.quiet);
     let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, saved.as_ref().map(|s| &s.1))?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
+    refuse_packed(&model)?;
     let plan = plan_of(&model, &mut hyper, &args)?;
     let fingerprint = fingerprint(&tokens);
     let split = text::split(tokens, hyper.val_fraction)?;
@@ -103,10 +106,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
         same_run(file.path(), meta, &plan, &fingerprint)?;
     }
     let mut exec = Executable::new(plan, &args.exec.exec())?;
-    match (&saved, &model.source) {
-        (Some((file, _)), _) => checkpoint::restore(file, &mut exec)?,
-        (None, Source::Weights(file, _)) => file.assign(&mut exec, false)?,
-        (None, _) => init::initialise(&mut exec, hyper.seed)?,
+    let loaded = match (&saved, &model.source) {
+        (Some((file, _)), _) => Some((file, checkpoint::restore(file, &mut exec)?)),
+        (None, Source::Weights(file)) => Some((file, file.assign(&mut exec, false)?)),
+        (None, _) => {
+            init::initialise(&mut exec, hyper.seed)?;
+            None
+        }
+    };
+    if let Some((file, unused)) = loaded {
+        weights::report_unused(file, &model.config, &unused).iter().for_each(|line| reporter.say(line));
     }
     let meta = Meta {
         config: exec.plan().config.clone(),
@@ -243,6 +252,17 @@ fn name_of(spec: &VocabSpec) -> &'static str {
     }
 }
 
+/// Training changes latents, which packed weights have lost.
+fn refuse_packed(model: &Model) -> Result<(), Failure> {
+    match &model.source {
+        Source::Weights(file) if !file.packed().is_empty() => Err(Failure::usage(format!(
+            "{}: packed ternary weights cannot be trained, they have lost their latents; name the checkpoint that they were packed from",
+            file.path().display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// The plan of the run; a plan that was named decides shape and estimator.
 fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failure> {
     if let Source::Plan(plan) = &model.source {
@@ -255,7 +275,7 @@ fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failur
         }
     }
     match &model.source {
-        Source::Plan(_) => model.plan(training_entries(&model.config, hyper), &args.exec.target),
+        Source::Plan(_) => model.plan(training_entries(&model.config, hyper), HashSet::new(), &args.exec.target),
         _ => training_plan(&model.config, hyper, &args.exec.target),
     }
 }

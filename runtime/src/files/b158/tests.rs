@@ -19,6 +19,7 @@ fn sample() -> (Vec<u8>, BTreeMap<&'static str, Vec<f32>>) {
     let w = latents(33, 70);
     let grouped = ternarise(&w, 33, 70, 32, 0.5, ScaleMode::PerGroup);
     let whole = ternarise(&w, 33, 70, 32, 0.5, ScaleMode::PerTensor);
+    let stack = [0, 1].map(|i| ternarise(&w[i * 70..][..5 * 70], 5, 70, 32, 0.5, ScaleMode::PerGroup));
     let values = |t: &Ternary, scale: fn(f32) -> f32| -> Vec<f32> {
         let per_row = 70usize.div_ceil(t.group);
         let at = |i: usize| scale(t.scales[i / 70 * per_row + i % 70 / t.group]);
@@ -31,6 +32,7 @@ fn sample() -> (Vec<u8>, BTreeMap<&'static str, Vec<f32>>) {
         ("nothing", vec![]),
         ("layers.0.attn.q_proj.weight", values(&grouped, |s| s)),
         ("layers.0.attn.k_proj.weight", values(&whole, |s| half::bf16::from_f32(s).to_f32())),
+        ("mlp.experts.*.up_proj.weight", stack.iter().flat_map(|t| values(t, |s| s)).collect()),
     ]);
     let entries = [
         Entry::f32("norm.weight", &[3, 5], &floats),
@@ -39,6 +41,7 @@ fn sample() -> (Vec<u8>, BTreeMap<&'static str, Vec<f32>>) {
         Entry::f32("nothing", &[0, 9], &[]),
         Entry::ternary("layers.0.attn.q_proj.weight", 33, 70, &grouped, ScaleEncoding::F32),
         Entry::ternary("layers.0.attn.k_proj.weight", 33, 70, &whole, ScaleEncoding::Bf16),
+        Entry::ternary_stack("mlp.experts.*.up_proj.weight", 5, 70, &stack, ScaleEncoding::F32),
     ];
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("m.b158");
@@ -75,10 +78,12 @@ fn tensors_survive_a_round_trip() {
     let scales = q.scales().expect("ternary");
     assert_eq!(scales.len(), 64 * 3);
     assert!(scales[33 * 3..].iter().all(|&s| s == 0.0));
+    let up = file.require("mlp.experts.*.up_proj.weight").expect("present");
+    assert_eq!((up.shape, up.scales().expect("ternary").len()), (&[2, 5, 70][..], 2 * 32 * 3));
     assert!(file.contains("position") && !file.contains("positions"));
     let error = file.require("positions").expect_err("not in the file");
     assert_eq!(error.exit_code(), 1);
-    assert!(error.to_string().contains("no tensor `positions` among the 6"), "{error}");
+    assert!(error.to_string().contains("no tensor `positions` among the 7"), "{error}");
 }
 
 /// Byte ranges of the file that hold header or tensors, as opposed to gaps.
@@ -134,6 +139,8 @@ fn a_damaged_tensor_is_named_and_the_others_stay_readable() {
     bytes[at] ^= 1;
     let file = B158::from_bytes(&bytes).expect("the header is sound");
     assert!(file.require("embed.weight").is_ok());
+    let (encoding, shape, lazily) = file.mapped("norm.weight").expect("what is there is handed out as it is");
+    assert_eq!((encoding, shape, lazily[0]), (Encoding::F32, &[3, 5][..], bytes[at]));
     for error in [file.require("norm.weight").expect_err("damaged"), file.verify_all().expect_err("damaged")] {
         assert_eq!(error.exit_code(), 5);
         assert!(error.to_string().contains("tensor `norm.weight` is corrupted: its checksum"), "{error}");

@@ -33,6 +33,11 @@ impl<'a> Entry<'a> {
         Entry::stored(name, Encoding::F32, shape, f32_bytes(values))
     }
 
+    /// A float32 tensor that owns its values.
+    pub fn f32_owned(name: &'a str, shape: &[usize], values: Vec<f32>) -> Self {
+        Entry::stored(name, Encoding::F32, shape, f32_bytes(&values).into_owned())
+    }
+
     /// A tensor stored as bfloat16, rounded to nearest even.
     pub fn bf16(name: &'a str, shape: &[usize], values: &[f32]) -> Self {
         Entry::stored(name, Encoding::Bf16, shape, bf16_bytes(values))
