@@ -191,7 +191,7 @@ pub fn compile_observed(
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         if !options.packed.is_empty() && matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Update(..)) {
             return Err(CompileError::Option(format!(
-                "entry point {name} changes latents, which packed ternary weights have lost; give float weights"
+                "entry point {name} changes latents, which packed ternary weights have lost; leave it out or give float weights"
             )));
         }
         let build = |head, form, carry| {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use chimera_codegen::Target;
 use chimera_compiler::{CompileError, EntryKind, EntrySpec, Options, Scheme, UpdateRule};
 use chimera_frontends::config::{
-    BYTE_VOCABULARY, ConfigError, ModelConfig, O200K_VOCABULARY, Overrides, Scale, parameters,
+    BYTE_VOCABULARY, ConfigError, ModelConfig, O200K_VOCABULARY, Overrides, ParamKind, Scale, expert_stack, parameters,
 };
 use chimera_frontends::layers::Depth;
 use chimera_ir::ops::Distribution;
@@ -257,6 +257,9 @@ pub(crate) struct BuildArgs {
     /// Probe and train only weights whose names start so, separated by commas
     #[arg(long, env = "CHIMERA_TRAINABLE", value_delimiter = ',', value_name = "PREFIX,...")]
     pub(crate) trainable: Vec<String>,
+    /// For packed ternary weights, as chimera-run pack writes them: codes in place of latents; forward passes only
+    #[arg(long, env = "CHIMERA_PACKED", value_parser = FalseyValueParser::new())]
+    pub(crate) packed: bool,
     /// Let the compiler do at most so many rewrites, to find a wrong one
     #[arg(long, env = "CHIMERA_MAX_REWRITES", value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
     pub(crate) max_rewrites: u64,
@@ -310,6 +313,7 @@ impl BuildArgs {
             target: self.target().to_string(),
             entries: self.entries.iter().map(spec).collect(),
             trainable: self.trainable(model)?,
+            packed: self.packed(model),
             max_rewrites: self.max_rewrites,
             ..Options::default()
         })
@@ -357,6 +361,15 @@ impl BuildArgs {
             weight_decay: self.weight_decay,
             balance: self.balance,
         }
+    }
+
+    /// All ternary weights when they are packed, experts by their stacks.
+    fn packed(&self, model: &ModelConfig) -> HashSet<String> {
+        if !self.packed {
+            return HashSet::new();
+        }
+        let ternary = parameters(model).into_iter().filter(|p| p.kind == ParamKind::Ternary);
+        ternary.map(|p| expert_stack(&p.name).map_or(p.name, |(stack, _)| stack)).collect()
     }
 
     fn trainable(&self, model: &ModelConfig) -> Result<Option<HashSet<String>>, Failure> {
