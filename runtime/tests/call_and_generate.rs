@@ -140,7 +140,7 @@ fn mistakes_have_exit_codes() {
         let args = ["call", &m, "--weights", &w, "--inputs", &i, "--outputs", &out, "--entry", &entry];
         fails(&[&args[..], more].concat(), code, part);
     };
-    call(&[("weights", &model)], &[], 1, "is missing in");
+    call(&[("weights", &model)], &[], 1, "weights are missing: `embed.weight`");
     call(&[("weights", "absent.safetensors")], &[], 1, "cannot open the file");
     call(&[("inputs", &fixture("rng.safetensors"))], &[], 1, "tensor `tokens`: is not among the inputs");
     call(&[("entry", "loss")], &["--set", "hiden_size=3"], 3, "hidden_size");

@@ -1,11 +1,13 @@
 //! The command `pack`, and models that run from packed weights: the same bits as from the latents, and clear words where packing ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{self, Overrides, ParamKind, Scale};
+use chimera_ir::plan;
 use chimera_runtime::files::b158::{self, B158, Encoding, Entry, ScaleEncoding};
 use chimera_runtime::files::safetensors::{self, SafeTensors};
 use chimera_runtime::files::{HostTensor, TensorView, npy};
@@ -158,7 +160,7 @@ fn experts_may_also_be_packed_one_by_one() {
 fn what_packed_weights_cannot_do_is_said() {
     let sample = Sample::new(Scale::Pico);
     sample.pack();
-    let (packed, weights, other) = (sample.at("p.b158"), sample.at("w.safetensors"), sample.at("o.b158"));
+    let (packed, other) = (sample.at("p.b158"), sample.at("o.b158"));
     let (tokens, text) = (sample.at("tokens.npy"), sample.at("text.txt"));
     fs::write(&text, "some words to train on ".repeat(400)).expect("written");
     let out = sample.at("run");
@@ -201,12 +203,38 @@ fn what_packed_weights_cannot_do_is_said() {
     sample.call("logits", &[&broken]);
     damage("norm.weight");
     call(&broken, &[], 5, "`norm.weight` is corrupted: its checksum");
-    // A plan that was compiled for latents.
-    fails(
-        &["generate", "--weights", &weights, "--prompt", "a", &packed, "-n", "1", "--set", "hidden_size=128"],
-        2,
-        "--set",
-    );
+}
+
+#[test]
+fn compiled_plans_are_for_latents_or_for_packed_weights() {
+    let sample = Sample::new(Scale::Pico);
+    sample.pack();
+    let (packed, weights) = (sample.at("p.b158"), sample.at("w.safetensors"));
+    let overrides = Overrides { vocab_size: Some(257), ..Overrides::default() };
+    let model = config::preset(Scale::Pico, &overrides).expect("the preset loads").model;
+    let file = B158::open(Path::new(&packed)).expect("opens");
+    let ternary = file.iter().filter(|t| matches!(t.1, Encoding::Ternary { .. }));
+    let names: HashSet<String> = ternary.map(|t| t.0.to_owned()).collect();
+    let generate = |plan: &str, weights: &str| {
+        run(&["generate", plan, "--weights", weights, "--prompt", "once", "-n", "6", "--temp", "0", "--quiet"])
+    };
+    let mut said = vec![];
+    for (name, packed_names) in [("latent.plan", HashSet::new()), ("packed.plan", names)] {
+        let entries = vec![EntrySpec { kind: EntryKind::Decode, rows: 1, tokens: 1, depth: None }];
+        let options = Options { entries, packed: packed_names, ..Options::default() };
+        let plan = compile(&model, &options).expect("the model compiles");
+        fs::write(sample.at(name), plan::to_bytes(&plan)).expect("written");
+        let (good, bad, why) = match name {
+            "latent.plan" => (&weights, &packed, "is packed ternary, expected floats"),
+            _ => (&packed, &weights, "is a float latent, the plan was compiled for packed weights"),
+        };
+        let (good, bad) = (generate(&sample.at(name), good), generate(&sample.at(name), bad));
+        assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
+        said.push(good.stdout);
+        let error = String::from_utf8_lossy(&bad.stderr);
+        assert!(bad.status.code() == Some(1) && error.contains(why), "{error}");
+    }
+    assert_eq!(said[0], said[1]);
 }
 
 #[test]
@@ -223,4 +251,12 @@ fn tensors_that_nothing_reads_are_listed() {
     let json: serde_json::Value = serde_json::from_str(&stdout).expect("one object");
     assert_eq!(json["unused_weights"], serde_json::json!(["extra"]));
     assert!(stderr.contains("`extra`"), "{stderr}");
+    // What is mapped is not allocated: codes and scales of the packed file.
+    sample.pack();
+    let (packed, _) = ok(&["generate", &sample.at("p.b158"), "--prompt", "a", "-n", "2", "--json"]);
+    let packed: serde_json::Value = serde_json::from_str(&packed).expect("one object");
+    let bytes = |of: &serde_json::Value, key: &str| of[key].as_u64().expect("a number of bytes");
+    assert_eq!(packed["text"], json["text"]);
+    assert!(bytes(&packed, "mapped_bytes") > 0);
+    assert!(bytes(&packed, "allocated_bytes") < bytes(&json, "allocated_bytes"));
 }

@@ -99,6 +99,9 @@ fn write_all(root: &Path) -> Result<(), Failure> {
     b158::write(&at.join("seed-plain.b158"), &plain, &metadata)?;
     b158::write(&at.join("seed-ternary-f32.b158"), &[ternary(ScaleEncoding::F32)], &BTreeMap::new())?;
     b158::write(&at.join("seed-ternary-bf16.b158"), &[ternary(ScaleEncoding::Bf16)], &metadata)?;
+    let parts = [0, 1, 2].map(|i| ternarise(&latents[i * 990..][..33 * 30], 33, 30, 128, 0.5, ScaleMode::PerGroup));
+    let stack = Entry::ternary_stack("mlp.experts.*.up_proj.weight", 33, 30, &parts, ScaleEncoding::F32);
+    b158::write(&at.join("seed-ternary-stack.b158"), &[stack], &metadata)?;
     b158::write(&at.join("seed-empty.b158"), &[], &BTreeMap::new())?;
 
     let (npys, safes) = (folder("npy")?, folder("safetensors")?);

@@ -225,7 +225,7 @@ fn broken_rules_are_named_with_their_place() {
         (|p| p.buffers[0].place = Place::Arena(192), "buffers[0] `x`: 32 bytes at offset 192 reach beyond the 192"),
         (|p| p.buffers[0].place = Place::Arena(u64::MAX - 63), "reach beyond"),
         (|p| p.buffers[5].place = Place::Persistent(512), "buffers[5] `again`: 4 bytes"),
-        (|p| p.buffers[1].place = Place::Weight(6), "buffers[1] `w`: its weight does not exist"),
+        (|p| p.buffers[1].place = Place::Weight(p.weights.len() as u32), "buffers[1] `w`: its weight does not exist"),
         (|p| p.buffers[2].place = Place::State(1), "buffers[2] `s`: its state does not exist"),
         (|p| p.buffers[1].ty = Type::f32(&[9]), "buffers[1] `w`: f32[9] is larger than its weight f32[2, 4]"),
         (|p| p.persistent = MAX_BYTES, "persistent: all memories together"),

@@ -326,3 +326,95 @@ fn few(names: &[&str]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exec::ExecOptions;
+    use crate::files::b158::{self, Entry, ScaleMode, Ternary, pack_ternary, ternarise};
+    use chimera_ir::plan::{BufferDecl, Place, Plan};
+
+    /// A plan of packed weights alone: three matrices [5, 70] together and one apart, scales for 32 columns.
+    fn executable() -> Executable {
+        let types = [
+            ("x.*.w.codes", Type::new(ElementType::U8, &[3, 1, 32, 32])),
+            ("x.*.w.alpha", Type::f32(&[3, 5, 3])),
+            ("y.codes", Type::new(ElementType::U8, &[1, 32, 32])),
+            ("y.alpha", Type::f32(&[5, 3])),
+        ];
+        let weight =
+            |(name, ty): &(&str, Type)| WeightDecl { name: (*name).into(), ty: ty.clone(), kind: WeightKind::Packed };
+        let buffer =
+            |(i, t): (u32, &(&str, Type))| BufferDecl { ty: t.1.clone(), place: Place::Weight(i), name: t.0.into() };
+        let plan = Plan {
+            weights: types.iter().map(weight).collect(),
+            buffers: (0..).zip(&types).map(buffer).collect(),
+            ..Plan::default()
+        };
+        Executable::new(plan, &ExecOptions { threads: 1, ..ExecOptions::default() }).expect("a plan of weights alone")
+    }
+
+    fn matrices() -> [Ternary; 3] {
+        [1, 2, 3].map(|i| {
+            let latents: Vec<f32> = (0..5 * 70).map(|j| ((i * 1000 + j) as f32).sin()).collect();
+            ternarise(&latents, 5, 70, 32, 0.5, ScaleMode::PerGroup)
+        })
+    }
+
+    #[test]
+    fn codes_stay_in_the_file_and_scales_lose_their_padding() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (path, all) = (folder.path().join("w.b158"), matrices());
+        for scales in [ScaleEncoding::F32, ScaleEncoding::Bf16] {
+            let entries =
+                [Entry::ternary_stack("x.*.w", 5, 70, &all, scales), Entry::ternary("y", 5, 70, &all[1], scales)];
+            b158::write(&path, &entries, &BTreeMap::new()).expect("written");
+            let mut exec = executable();
+            let before = exec.bytes();
+            let file = WeightFile::open(&path).expect("opened");
+            assert_eq!(file.assign(&mut exec, false).expect("all is there"), Vec::<String>::new());
+            let codes = |t: &Ternary| pack_ternary(&t.codes, 5, 70);
+            let stored = |x: f32| if scales == ScaleEncoding::F32 { x } else { half::bf16::from_f32(x).to_f32() };
+            assert_eq!(exec.weight::<u8>("x.*.w.codes").expect("set"), all.iter().flat_map(codes).collect::<Vec<_>>());
+            assert_eq!(exec.weight::<u8>("y.codes").expect("set"), codes(&all[1]));
+            let alphas: Vec<f32> = all.iter().flat_map(|t| &t.scales).map(|&x| stored(x)).collect();
+            assert_eq!(exec.weight::<f32>("x.*.w.alpha").expect("set"), alphas);
+            assert_eq!(exec.weight::<f32>("y.alpha").expect("set"), &alphas[15..30]);
+            // Codes, and scales that need no change, have no copy.
+            let (narrow, stack, single) = (scales == ScaleEncoding::Bf16, 3 * 5 * 3 * 4, 5 * 3 * 4);
+            assert_eq!(exec.bytes() - before, stack + if narrow { single } else { 0 });
+            assert_eq!(exec.mapped_bytes(), 4 * 1024 + if narrow { 0 } else { single });
+        }
+    }
+
+    #[test]
+    fn latents_do_not_serve_a_plan_for_codes_nor_codes_one_for_floats() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("w.b158");
+        let (all, floats) = (matrices(), [0.5; 350]);
+        let x = Entry::ternary_stack("x.*.w", 5, 70, &all, ScaleEncoding::F32);
+        let says = |entries: &[Entry<'_>], part: &str| {
+            b158::write(&path, entries, &BTreeMap::new()).expect("written");
+            let error = WeightFile::open(&path).expect("opened").assign(&mut executable(), false).expect_err(part);
+            assert!(error.to_string().contains(part), "{error}");
+        };
+        says(&[x.clone(), Entry::f32("y", &[5, 70], &floats)], "tensor `y` is a float latent");
+        says(
+            &[
+                x.clone(),
+                Entry::ternary(
+                    "y",
+                    7,
+                    50,
+                    &ternarise(&floats, 7, 50, 32, 0.5, ScaleMode::PerGroup),
+                    ScaleEncoding::F32,
+                ),
+            ],
+            "expected [1, 32, 32]",
+        );
+        says(&[x], "missing: `y`");
+        let file = WeightFile::open(&path).expect("opened");
+        let error = file.floats("x.*.w").expect_err("codes are no floats");
+        assert!(error.to_string().contains("is packed ternary, expected floats"), "{error}");
+    }
+}

@@ -108,6 +108,7 @@ fn b158_once(data: &[u8]) {
                 let n = elements(shape);
                 assert_eq!(tensor.to_f32().len(), n, "{name}");
                 let _ = (tensor.scales(), tensor.to_host());
+                assert!(file.mapped(name).is_some_and(|(.., bytes)| bytes[..] == *tensor.bytes));
             }
             Err(e) => {
                 all = false;

@@ -80,6 +80,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let vocab = model.vocab(args.model.vocab.as_ref())?;
     let prompt = prompt(&args, &vocab)?;
     let (mut exe, unused) = executable(&args, &model)?;
+    let memory = [exe.bytes(), exe.mapped_bytes()];
     let interrupt = Interrupt::register()?;
     let defaults = &model.config.generation;
     let settings = Settings {
@@ -100,6 +101,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         tokens: vec![],
         args: &args,
         unused,
+        memory,
     };
     let started = Instant::now();
     let mut generator = Generator::new(&mut exe, &vocab)?;
@@ -181,6 +183,8 @@ struct Output<'a> {
     args: &'a Args,
     /// Tensors of the weight file that nothing reads, for `--json`.
     unused: Vec<String>,
+    /// Bytes allocated, and bytes of weights that stay in their file.
+    memory: [u64; 2],
 }
 
 impl Output<'_> {
@@ -214,13 +218,19 @@ impl Output<'_> {
                 "seed": self.args.seed,
                 "prefill_seconds": read,
                 "decode_seconds": wrote,
+                "allocated_bytes": self.memory[0],
+                "mapped_bytes": self.memory[1],
                 "unused_weights": self.unused,
             });
             return writeln!(self.out, "{result}");
         }
         writeln!(self.out)?;
         if !self.args.quiet {
-            eprintln!("{prompt} tokens read in {read:.2} s, stopped after {wrote:.2} s by {}", stop.name());
+            let [allocated, mapped] = self.memory.map(|bytes| bytes >> 20);
+            eprintln!(
+                "{prompt} tokens read in {read:.2} s, stopped after {wrote:.2} s by {}; {allocated} MB allocated, {mapped} MB of weights mapped",
+                stop.name()
+            );
         }
         Ok(())
     }
