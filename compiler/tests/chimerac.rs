@@ -116,6 +116,19 @@ fn the_full_model_compiles_and_says_what_it_leaves_out() {
 }
 
 #[test]
+fn plans_for_packed_weights_are_smaller_and_only_run() {
+    let forward = ["compile", "--scale", "test", "--entries", "logits,decode", "--tokens", "8", "--json"];
+    let weights = |args: &[&str]| {
+        let report = good_json(args);
+        let memory = report["plan"]["memory"].as_array().expect("a list").clone();
+        let row = memory.into_iter().find(|m| m["name"] == "weights");
+        row.and_then(|m| m["bytes"].as_u64()).expect("bytes of the weights")
+    };
+    assert!(weights(&[&forward[..], &["--packed"]].concat()) * 2 < weights(&forward));
+    bad(&["compile", "--scale", "test", "--packed"], 2, &["dual_loss changes latents", "leave it out"]);
+}
+
+#[test]
 fn compiling_twice_gives_the_same_bytes_in_both_forms() {
     let dir = folder("twice");
     let args = ["--scale", "test", "--tokens", "12", "--target", "x86-64-v3"];
