@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use chimera_ir::{
     Graph, Tensor, Type, Value,
-    graph::{Kind, Repeat},
-    lower::{Argument, Source},
+    graph::{Kind, Node, Repeat},
+    lower::Argument,
     plan::{
         BufferDecl, BufferId, Decision, Entry, Group, KernelId, Lifetime, Place, Plan, StateDecl, Step, WeightDecl,
         WeightKind,
@@ -83,6 +83,12 @@ impl<'a> Assembler<'a> {
         let id = self.buffer(ty.clone(), place, name);
         self.states.insert(name.to_owned(), id);
         id
+    }
+
+    /// The state of that name, or else the weight.
+    fn memory(&mut self, name: &str, ty: &Type) -> BufferId {
+        let state = self.states.get(name).copied();
+        state.unwrap_or_else(|| self.weight(name, ty))
     }
 
     fn input(&mut self, name: &str, ty: &Type) -> BufferId {
@@ -191,18 +197,23 @@ impl<'a> Assembler<'a> {
     }
 }
 
-/// The weights and states that an elementwise kernel may overwrite where it computes the new value: nobody reads the old one later.
+/// The weights and states that a kernel may overwrite where it computes the new value, by that value: nobody reads the old one away
+/// from there or later.
 fn in_place_writes(g: &Graph, items: &[Item]) -> HashMap<Value, String> {
     let mut found = HashMap::new();
     for (name, v) in &g.writes {
-        let Some(old) = g.find_param(name) else { continue };
-        let reader = |i: &Item| matches!(i, Item::Run(r) if r.ins.contains(&old)) || !matches!(i, Item::Run(_));
+        let Some(old) = g.find_memory(name) else { continue };
         let writer = items.iter().position(|i| matches!(i, Item::Run(r) if r.outs.contains(v)));
         let Some(at) = writer else { continue };
         let Item::Run(run) = &items[at] else { continue };
-        let same = g.ty(old) == g.ty(*v) && run.elementwise;
-        let later = items[at + 1..].iter().any(reader);
-        if same && !later {
+        let there = match run.ins.iter().position(|&i| i == old) {
+            Some(i) => run.is_elementwise_in(i) || run.updates().contains(&(i, Some(*v))),
+            None => true,
+        };
+        let alias = |i: &Item| matches!(i, Item::Alias { from, .. } if *from == old);
+        let kept = g.outputs.iter().chain(&g.writes).any(|(_, x)| *x == old);
+        let later = items[at + 1..].iter().any(|i| i.reads(g, old)) || items.iter().any(alias) || kept;
+        if g.ty(old) == g.ty(*v) && there && !later {
             found.insert(*v, name.clone());
         }
     }
@@ -328,28 +339,28 @@ impl EntryBuilder<'_, '_> {
     fn run(&mut self, g: &Graph, run: &Run, scope: &mut Scope, wanted: &HashMap<Value, String>) {
         let kernel = self.cx.kernel(run);
         let mut ins: Vec<usize> = run.ins.iter().map(|v| scope.values[v]).collect();
-        let anchor = &run.cluster.nodes[run.cluster.anchor];
-        let mut updated: HashMap<(usize, usize), usize> = HashMap::new();
-        for (k, o) in anchor.op.updates() {
-            let Source::Input(i) = anchor.ins[k] else { unreachable!("updated operands are not fused") };
+        let mut updated: HashMap<Value, usize> = HashMap::new();
+        for (i, o) in run.updates() {
             let v = run.ins[i];
-            if !matches!(g.def(v).kind, Kind::State(_)) {
+            // Anything but the memory that receives the result is not this kernel's to overwrite.
+            let receives = o.and_then(|o| scope.in_place.get(&o)).and_then(|name| g.find_memory(name));
+            if receives != Some(v) {
                 let fresh = self.slot(g.ty(v).clone(), format!("copy of {}", self.slots[ins[i]].name), None);
                 self.copy(ins[i], fresh);
                 ins[i] = fresh;
             }
-            updated.insert((run.cluster.anchor, o), ins[i]);
+            updated.extend(o.map(|o| (o, ins[i])));
         }
         let mut outs = vec![];
-        for (at, &v) in run.cluster.outputs.iter().zip(&run.outs) {
+        for &v in &run.outs {
             let ty = g.ty(v).clone();
-            let slot = if let Some(&s) = updated.get(at) {
+            let slot = if let Some(&s) = updated.get(&v) {
                 self.alias(s, ty)
             } else if let Some(name) = wanted.get(&v) {
                 let id = self.cx.weight(name, &ty);
                 self.slot(ty, name.clone(), Some(id))
             } else if let Some(name) = scope.in_place.get(&v).cloned() {
-                let id = self.cx.weight(&name, &ty);
+                let id = self.cx.memory(&name, &ty);
                 self.slot(ty, name, Some(id))
             } else {
                 self.slot(ty, run.site.clone(), None)
@@ -387,8 +398,9 @@ impl EntryBuilder<'_, '_> {
         at as u32
     }
 
-    fn repeat(&mut self, g: &Graph, node: &chimera_ir::graph::Node, r: &Repeat, items: &[Item], scope: &mut Scope) {
-        let mut inner = Scope { values: HashMap::new(), in_place: HashMap::new(), copies: r.max as u32 };
+    fn repeat(&mut self, g: &Graph, node: &Node, r: &Repeat, items: &[Item], scope: &mut Scope) {
+        let in_place = in_place_writes(&r.body, items);
+        let mut inner = Scope { values: HashMap::new(), in_place, copies: r.max as u32 };
         let mut carried = vec![];
         for (i, &v) in node.ins.iter().enumerate() {
             let from = scope.values[&v];
@@ -437,10 +449,7 @@ impl EntryBuilder<'_, '_> {
     fn writes(&mut self, g: &Graph, scope: &Scope) {
         for (name, v) in &g.writes {
             let from = scope.values[v];
-            let to = match self.cx.states.get(name) {
-                Some(&id) => id,
-                None => self.cx.weight(name, g.ty(*v)),
-            };
+            let to = self.cx.memory(name, g.ty(*v));
             let root = self.slots[from].root;
             if self.slots[root].fixed == Some(to) {
                 continue;

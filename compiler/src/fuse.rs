@@ -46,8 +46,40 @@ pub(crate) struct Run {
     pub site: String,
     /// Float operations and ternary multiply-accumulates.
     pub flops: (u64, u64),
-    /// Whether every operation is pointwise and reads operands only where it writes.
-    pub elementwise: bool,
+}
+
+impl Run {
+    /// Whether every operation is pointwise and reads input `i` only where it writes.
+    pub(crate) fn is_elementwise_in(&self, i: usize) -> bool {
+        self.cluster.nodes.iter().all(|n| {
+            let aligned = n.op.aligned();
+            let reads = n.ins.iter().enumerate().filter(|(_, s)| **s == Source::Input(i));
+            n.op.is_pointwise() && reads.into_iter().all(|(k, _)| aligned.contains(&k))
+        })
+    }
+
+    /// The inputs that the kernel updates where they are, each with the value it becomes if anyone wants that.
+    pub(crate) fn updates(&self) -> Vec<(usize, Option<Value>)> {
+        let anchor = &self.cluster.nodes[self.cluster.anchor];
+        let pair = |(k, o): (usize, usize)| {
+            let Source::Input(i) = anchor.ins[k] else { unreachable!("updated operands are not fused") };
+            let at = self.cluster.outputs.iter().position(|&x| x == (self.cluster.anchor, o));
+            (i, at.map(|at| self.outs[at]))
+        };
+        anchor.op.updates().into_iter().map(pair).collect()
+    }
+}
+
+impl Item {
+    /// Whether `v` is an operand.
+    pub(crate) fn reads(&self, g: &Graph, v: Value) -> bool {
+        match self {
+            Item::Run(run) => run.ins.contains(&v),
+            Item::Alias { from, .. } => *from == v,
+            // Bodies name weights for themselves.
+            Item::Loop { node, .. } => g.node(*node).ins.contains(&v) || matches!(g.def(v).kind, Kind::Param(_)),
+        }
+    }
 }
 
 /// Decisions by edge (producer, consumer) and verdict.
@@ -166,6 +198,9 @@ impl Fuse<'_> {
         } else if !cluster.after.contains(&d) {
             return Some("the operand is computed in front of another kernel");
         }
+        if self.reads_updated(n, anchor) {
+            return Some("an operand is updated where it is");
+        }
         let first = self.op(anchor).pushes().start;
         let pushed = self.ty(self.g.nodes()[anchor].outs[first]);
         let out = self.ty(self.g.nodes()[n].outs[0]);
@@ -210,6 +245,12 @@ impl Fuse<'_> {
         None
     }
 
+    /// Whether node `n` reads an operand that `anchor` updates in place.
+    fn reads_updated(&self, n: usize, anchor: usize) -> bool {
+        let (reads, operands) = (&self.g.nodes()[n].ins, &self.g.nodes()[anchor].ins);
+        self.op(anchor).updates().iter().any(|&(k, _)| reads.contains(&operands[k]))
+    }
+
     fn alias_root(&self, v: Value) -> Value {
         let def = self.g.def(v);
         match &def.kind {
@@ -235,6 +276,8 @@ impl Fuse<'_> {
             Some("the smaller result would be computed again and again")
         } else if producer.nodes().any(|x| self.escapes(x, p)) {
             Some("an intermediate result is needed elsewhere")
+        } else if producer.nodes().any(|x| self.reads_updated(x, n)) {
+            Some("an operand is updated where it is")
         } else {
             None
         };
@@ -333,17 +376,12 @@ impl Fuse<'_> {
         }
         let anchor = before.len();
         let inputs = ins.iter().map(|&v| self.ty(v).clone()).collect();
-        let elementwise = members.iter().all(|&m| {
-            let op = self.op(m);
-            op.is_pointwise() && op.aligned().contains(&0)
-        });
         Run {
             cluster: Cluster { inputs, nodes, anchor, outputs },
             ins,
             outs,
             site: self.g.nodes()[draft.anchor].site.clone(),
             flops,
-            elementwise,
         }
     }
 }

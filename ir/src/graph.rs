@@ -76,6 +76,7 @@ pub struct Graph {
     nodes: Vec<Node>,
     values: Vec<ValueInfo>,
     params: HashMap<String, Value>,
+    states: HashMap<String, Value>,
     site: String,
     /// Named results.
     pub outputs: Vec<(String, Value)>,
@@ -92,6 +93,11 @@ impl Graph {
     /// The part of the model that nodes are appended to.
     pub fn site(&self) -> &str {
         &self.site
+    }
+
+    /// The weight or state of that name before the call, if the graph has it.
+    pub fn find_memory(&self, name: &str) -> Option<Value> {
+        self.params.get(name).or_else(|| self.states.get(name)).copied()
     }
 
     /// Append an input.
@@ -112,9 +118,11 @@ impl Graph {
         self.params.get(name).copied()
     }
 
-    /// Append the contents of a state before the call.
+    /// Append the contents of a state before the call, or find them if they are there already.
     pub fn state(&mut self, name: impl Into<String>, ty: Type) -> Value {
-        self.source(Kind::State(name.into()), ty)
+        let name = name.into();
+        let found = self.states.get(&name).copied();
+        found.unwrap_or_else(|| self.source(Kind::State(name), ty))
     }
 
     /// Append a literal.
@@ -164,8 +172,10 @@ impl Graph {
     /// Append a node of any kind with known result types.
     pub fn push(&mut self, kind: Kind, ins: Vec<Value>, tys: Vec<Type>) -> Vec<Value> {
         let node = NodeId(self.nodes.len() as u32);
-        if let Kind::Param(name) = &kind {
-            self.params.insert(name.clone(), Value(self.values.len() as u32));
+        match &kind {
+            Kind::Param(name) => drop(self.params.insert(name.clone(), Value(self.values.len() as u32))),
+            Kind::State(name) => drop(self.states.insert(name.clone(), Value(self.values.len() as u32))),
+            _ => {}
         }
         let first = self.values.len() as u32;
         let outs: Vec<Value> = (0..tys.len() as u32).map(|i| Value(first + i)).collect();

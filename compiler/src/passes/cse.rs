@@ -15,7 +15,6 @@ pub(super) fn run(g: &Graph, budget: &mut Budget) -> Result<Graph, InferError> {
         let key = match &node.kind {
             Kind::Op(op) => op.text(),
             Kind::Const(t) if t.data.len() <= 4096 => format!("const {} {:?}", t.ty, t.data),
-            Kind::State(name) => format!("state {name}"),
             _ => return Ok(None),
         };
         let ins = cx.all(&node.ins);

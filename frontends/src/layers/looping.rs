@@ -11,7 +11,8 @@ use crate::config::LoopConfig;
 
 impl Net<'_> {
     /// The recurrence over depth between prelude and coda. `x` and the result are `[R, T, d]`; `depth` is `i32 [R]` for rows of
-    /// their own depth. Also keeps `loops` (`i32 [R]`, iterations that each row ran) in that case.
+    /// their own depth: a row that is done keeps its hidden state, and the carried states of the iterations it does not run. Also
+    /// keeps `loops` (`i32 [R]`, iterations that each row ran) in that case.
     pub fn looped(&mut self, cfg: &LoopConfig, x: Value, s: Stream, depth: Option<Value>) -> Built {
         self.g.at("loop");
         let e = self.rms_norm(x, Some("loop.norm.weight"))?;
@@ -69,6 +70,7 @@ impl Net<'_> {
                 let op = LoopExit { min: cfg.range[0], threshold: cfg.exit_threshold as f32, adaptive };
                 let outs = self.g.ops(op, &[z, h, active, used, done, depth, k])?;
                 next.extend([z, outs[0], outs[1]]);
+                self.freeze_states(active)?;
                 outs[2]
             }
         };
@@ -93,6 +95,16 @@ impl Net<'_> {
             self.side.push(("loops".to_owned(), outs[1]));
         }
         if cfg.c { self.linear("loop.C", outs[0], self.cfg.hidden_size, false) } else { Ok(outs[0]) }
+    }
+
+    /// Let rows that are not `active` keep the states of this iteration as they were.
+    fn freeze_states(&mut self, active: Value) -> Built<()> {
+        for i in 0..self.g.writes.len() {
+            let (name, new) = self.g.writes[i].clone();
+            let old = self.g.state(name, self.g.ty(new).clone());
+            self.g.writes[i].1 = self.op(Select {}, &[active, new, old])?;
+        }
+        Ok(())
     }
 
     /// `(exp(-softplus(dt) e^A), input factor)`, both `[d]`.
