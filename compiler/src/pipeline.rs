@@ -69,7 +69,8 @@ pub struct EntrySpec {
     pub rows: usize,
     /// Tokens of a row.
     pub tokens: usize,
-    /// Loop depth; the configuration's default when absent.
+    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`] a depth for each row if
+    /// training draws it.
     pub depth: Option<Depth>,
 }
 
@@ -218,8 +219,12 @@ pub fn compile_observed(
 }
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
-    let default = Depth::Fixed(cfg.looping.as_ref().map_or(1, |l| l.default));
-    Shape { rows: spec.rows, tokens: spec.tokens, form, carry, depth: spec.depth.unwrap_or(default) }
+    let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
+        (Some(l), EntryKind::DualLoss(_)) if l.stochastic => Depth::PerRow { max: l.range[1], adaptive: false },
+        (Some(l), _) => Depth::Fixed(l.default),
+        (None, _) => Depth::Fixed(1),
+    });
+    Shape { rows: spec.rows, tokens: spec.tokens, form, carry, depth }
 }
 
 /// The kind of every weight of a model.

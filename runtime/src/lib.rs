@@ -1,4 +1,7 @@
-//! Placeholder.
+//! Execution of plans: memory, threads, weights, random streams, training and generation.
+//!
+//! The library never sees a graph or a pass; its binary joins it with the compiler.
+
 pub mod affinity;
 pub mod call;
 pub mod exec;

@@ -85,6 +85,29 @@ fn a_run_trains_saves_and_resumes() {
 }
 
 #[test]
+fn a_looped_model_with_experts_trains_at_drawn_depths() {
+    let place = Place::new();
+    let looped = r#"{
+      "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
+      "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
+        "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
+      "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 4], "loop_default": 2,
+        "depth_selection": "DEPTHS" }
+    }"#;
+    let mut losses = vec![];
+    for depths in ["stochastic_per_sequence", "fixed"] {
+        fs::write(place.path("looped.json"), looped.replace("DEPTHS", depths)).expect("written");
+        let words = ["looped.json", "--data", "data.txt", "--batch", "4", "--seq-len", "16", "--steps", "3"];
+        let (code, stdout, stderr) = output(place.bare(&[&words[..], &["--json", "--out", depths]].concat()));
+        assert_eq!((code, stdout.lines().count()), (Some(0), 3), "{stderr}");
+        assert!(!stderr.contains("depth_selection"), "{stderr}");
+        let step: serde_json::Value = serde_json::from_str(stdout.lines().next().expect("a line")).expect("JSON");
+        losses.push(step["loss"].as_f64().expect("a loss"));
+    }
+    assert_ne!(losses[0], losses[1], "drawn depths show in the loss");
+}
+
+#[test]
 fn bad_input_has_a_sentence_and_a_code() {
     let place = Place::new();
     fs::write(place.path("empty.txt"), "").expect("written");

@@ -117,6 +117,7 @@ impl ModelConfig {
                 ("coda", json!(l.coda)),
                 ("loop_range", json!(l.range)),
                 ("loop_default", json!(l.default)),
+                ("depth_selection", json!(if l.stochastic { "stochastic_per_sequence" } else { "fixed" })),
                 ("adaptive_exit_threshold", json!(l.exit_threshold)),
                 ("backward_truncation", json!(if l.backward_half { "half" } else { "none" })),
                 ("zoh_input", json!(if l.zoh_exact { "exact" } else { "euler" })),

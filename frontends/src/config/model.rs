@@ -165,6 +165,8 @@ pub struct LoopConfig {
     pub range: [usize; 2],
     /// Iterations where nothing else is asked for; inside `range`.
     pub default: usize,
+    /// Whether training draws the iterations of every sequence, Poisson of mean `default` clamped to `range`, instead of `default`.
+    pub stochastic: bool,
     /// Mean relative change of the state that ends the loop of a row, where adaptive depth is asked for.
     pub exit_threshold: f64,
     /// Exact zero-order hold on the input instead of the Euler form.

@@ -392,6 +392,7 @@ impl Reader<'_> {
             coda,
             range,
             default,
+            stochastic: self.word("looping.depth_selection") == "stochastic_per_sequence",
             exit_threshold: self.num("looping.adaptive_exit_threshold"),
             zoh_exact: self.word("looping.zoh_input") == "exact",
             c: self.flag("looping.C"),

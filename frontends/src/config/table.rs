@@ -135,7 +135,7 @@ pub static TABLE: &[Row] = keys! {
     "looping.loop_default", Int(1, 64), Consumed, "2", "iterations where nothing else is asked for";
     "looping.stability_A", Choice(&["diag_negative_exp"], &[]), Declared, "", "form of the decay";
     "looping.spectral_radius_bound", Num(1.0, 1.0), Declared, "", "holds by construction";
-    "looping.depth_selection", Choice(&["stochastic_per_sequence", "fixed"], &[]), NotYet, "", "random loop depth in training";
+    "looping.depth_selection", Words(&["fixed", "stochastic_per_sequence"]), Consumed, "\"fixed\"", "iterations in training: loop_default, or drawn for every sequence";
     "looping.adaptive_exit_threshold", Num(0.0, 1e6), Consumed, "0.01", "relative change that ends the loop";
     "looping.backward_truncation", Words(&["half", "none"]), Consumed, "\"half\"", "iterations that gradients flow through";
     "looping.zoh_input", Words(&["euler", "exact"]), Consumed, "\"euler\"", "discretisation of the input";

@@ -13,7 +13,7 @@ pub mod weights;
 
 pub use driver::{Budget, Event, Outcome, Progress, Run, RunOptions};
 pub use schedule::{Decay, Schedule};
-pub use step::{Estimator, Probed, Trainer, coefficients};
+pub use step::{Depths, Estimator, Probed, Trainer, coefficients};
 
 use crate::exec::ExecError;
 use crate::files::FileError;

@@ -4,6 +4,7 @@
 
 use super::TrainError;
 use crate::exec::{EntryId, Executable};
+use crate::rng::poisson_depth;
 use crate::text::{Batch, IGNORE, LossTally, TokenStream, Vocab};
 use chimera_ir::plan::{Plan, WeightKind};
 use chimera_ir::{DType, Type};
@@ -14,6 +15,8 @@ const DUAL_LOSS: &str = "dual_loss";
 const UPDATE: &str = "update";
 /// The entry point that measures.
 const LOSS: &str = "loss";
+/// The port that takes a loop depth for every sequence.
+const DEPTH: &str = "depth";
 /// Ports with the load of the experts begin so.
 const LOAD: &str = "load.";
 
@@ -33,6 +36,25 @@ impl Estimator {
             true => Estimator::PerSequence,
             false => Estimator::Mezo,
         }
+    }
+}
+
+/// How often looped layers run in a step, drawn for every sequence: Poisson, clamped (semantics 9.2).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Depths {
+    /// Mean before clamping.
+    pub mean: f64,
+    /// Least iterations, at least 1.
+    pub least: u32,
+    /// Most iterations.
+    pub most: u32,
+}
+
+impl Depths {
+    /// The depth of every sequence of a batch of `rows` in a step.
+    fn draw(self, rows: usize, step: u32, seed: u64) -> Vec<i32> {
+        let one = |row| poisson_depth(self.mean, self.least, self.most, step, row, seed) as i32;
+        (0..rows as u32).map(one).collect()
     }
 }
 
@@ -85,6 +107,7 @@ pub struct Trainer {
     measured_tokens: usize,
     /// Ports that carry the load of experts from the probes to the update.
     loads: Vec<String>,
+    depths: Option<Depths>,
 }
 
 impl Trainer {
@@ -129,7 +152,13 @@ impl Trainer {
             measured_rows,
             measured_tokens,
             loads,
+            depths: None,
         })
+    }
+
+    /// As before, with loop depths drawn in this way where the plan takes a depth for every sequence.
+    pub fn with_depths(self, depths: Option<Depths>) -> Trainer {
+        Trainer { depths, ..self }
     }
 
     /// The executable, with the weights as the last step left them.
@@ -169,6 +198,15 @@ impl Trainer {
         let word = i32::from_ne_bytes((step as u32).to_ne_bytes());
         let seed = [self.seed as u32, (self.seed >> 32) as u32].map(|w| i32::from_ne_bytes(w.to_ne_bytes()));
         set_batch(&mut self.exec, self.dual, batch)?;
+        if input_type(self.exec.plan(), DUAL_LOSS, DEPTH).is_ok() {
+            let depths = self.depths.ok_or_else(|| {
+                TrainError::Plan(format!(
+                    "`{DUAL_LOSS}` takes a loop depth for every sequence, but its configuration does not say how to draw it; set looping.depth_selection"
+                ))
+            })?;
+            let drawn = depths.draw(self.rows, step as u32, self.seed);
+            self.exec.set_input(self.dual, DEPTH, &drawn)?;
+        }
         self.exec.set_input(self.dual, "seed", &seed)?;
         self.exec.set_input(self.dual, "step", &[word])?;
         self.exec.run_entry(self.dual)?;

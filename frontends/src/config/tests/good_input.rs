@@ -65,12 +65,18 @@ fn real_files_load_with_every_leaf_claimed_by_one_row() {
     }
 }
 
+fn draws_depths(model: &ModelConfig) -> bool {
+    model.looping.as_ref().is_some_and(|l| l.stochastic)
+}
+
 #[test]
 fn the_empty_document_is_the_full_model() {
     let full = load(example("chimera-5.3.json"), &scaled(Scale::Full)).unwrap().model;
     let mut empty = from("{}").unwrap().model;
     assert_eq!(empty.gated_delta.chunk_size, 64);
     empty.gated_delta.chunk_size = 256;
+    assert!(draws_depths(&full) && !draws_depths(&empty));
+    empty.looping.as_mut().unwrap().stochastic = true;
     assert_eq!(empty, full);
     assert_eq!(from("\u{feff}{}").unwrap(), from("{}").unwrap(), "a byte order mark is skipped");
 }
@@ -105,6 +111,7 @@ fn presets_have_their_sizes() {
         assert_eq!((size(&alone), alone.vocab_size), (total, vocab), "{scale}");
         let mut on_file = load(example("chimera-5.3.json"), &scaled(scale)).unwrap().model;
         on_file.gated_delta.chunk_size = alone.gated_delta.chunk_size;
+        on_file.looping.as_mut().unwrap().stochastic = draws_depths(&alone);
         assert_eq!(on_file, alone, "{scale} over the full file");
     }
     let medium = preset(Scale::Medium, &Overrides::default()).unwrap().model;

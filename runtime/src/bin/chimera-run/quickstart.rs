@@ -5,7 +5,7 @@
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::compile_entries;
 use crate::options::{Failure, RunOptions as ExecArgs};
-use crate::session::{Interrupt, Reporter, training_plan};
+use crate::session::{Interrupt, Reporter, depths, training_plan};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, ModelConfig, Overrides, Scale};
 use chimera_runtime::exec::Executable;
@@ -82,7 +82,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         data: "the embedded corpus".into(),
         progress: Progress::default(),
     };
-    let mut trainer = Trainer::new(exec, hyper.seed)?;
+    let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model));
     let options = run_options(&hyper, folder.clone());
     let before = trainer.measure(&validation, options.validation_rows, &vocab)?;
     let mut reporter = Reporter::new(Some(Log::open(&folder, 0)?), false, false);

@@ -9,7 +9,7 @@ use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
 use chimera_ir::plan::Plan;
 use chimera_runtime::train::metrics::{Log, StepMetrics};
-use chimera_runtime::train::{Event, TrainError};
+use chimera_runtime::train::{Depths, Event, TrainError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::{self, Write};
@@ -71,6 +71,12 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
         spec(EntryKind::Update(hyper.scheme(), hyper.rule(balance)), rows),
         spec(EntryKind::Loss, MEASURED_ROWS),
     ]
+}
+
+/// How the loop depths of training are drawn, if the configuration asks for that.
+pub fn depths(config: &ModelConfig) -> Option<Depths> {
+    let drawn = config.looping.as_ref().filter(|l| l.stochastic);
+    drawn.map(|l| Depths { mean: l.default as f64, least: l.range[0] as u32, most: l.range[1] as u32 })
 }
 
 /// Shows events to people on stderr, and to programs as JSON lines.

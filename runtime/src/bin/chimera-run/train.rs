@@ -6,7 +6,7 @@
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
-use crate::session::{Interrupt, Reporter, training_entries, training_plan};
+use crate::session::{Interrupt, Reporter, depths, training_entries, training_plan};
 use crate::weights;
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
@@ -125,7 +125,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         progress: Progress::default(),
     };
     let progress = saved.as_ref().map_or(Progress::default(), |(_, meta)| meta.progress);
-    let mut trainer = Trainer::new(exec, hyper.seed)?;
+    let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
     let mut reporter = Reporter::new(Some(Log::open(&folder, progress.step)?), args.json, args.quiet);
     reporter.say(&introduction(&model, &vocab, &batches, &validation, &trainer, &hyper, &progress));
     let options = run_options(&args, &hyper, folder)?;
