@@ -320,6 +320,24 @@ fn wrong_configurations_end_with_3_and_the_key() {
 }
 
 #[test]
+fn vocabularies_give_the_number_of_ids() {
+    let dir = folder("vocabularies");
+    let file = dir.join("text.vocab");
+    fs::write(&file, "chimera-vocab 1\nkind o200k:restricted\ntokens 301\ncrc32c 00000000\n").expect("written");
+    let file = file.to_str().unwrap();
+    let parameters = |vocab: &str| {
+        let report = good_json(&["compile", "--scale", "pico", "--entries", "decode", "--vocab", vocab, "--json"]);
+        report["model"]["parameters"].as_u64().expect("a number")
+    };
+    let width = (parameters("302") - parameters("301")) as usize;
+    for (vocab, ids) in [("bytes", 257), (file, 301), ("o200k:restricted=4711", 4711), ("o200k", 200_073)] {
+        assert_eq!(parameters(vocab), parameters("301") - (301 * width) as u64 + (ids * width) as u64, "{vocab}");
+    }
+    fs::write(file, "a text\n").expect("written");
+    bad(&["compile", "--scale", "pico", "--vocab", file], 5, &["text.vocab", "line 1", "chimera-vocab"]);
+}
+
+#[test]
 fn wrong_usage_ends_with_2() {
     let pico = ["compile", "--scale", "pico"];
     for (args, word) in [
@@ -329,7 +347,9 @@ fn wrong_usage_ends_with_2() {
         (&["--rows", "0"], "rows"),
         (&["--kappa", "nan"], "positive"),
         (&["--target", "vax"], "x86-64"),
-        (&["--vocab", "words"], "o200k"),
+        (&["--vocab", "words"], "o200k:restricted=N"),
+        (&["--vocab", "o200k:restricted"], "chimera-run vocab"),
+        (&["--vocab", "o200k:restricted=12"], "257"),
         (&["--loops", "3"], "no looped layers"),
     ] {
         bad(&[&pico[..], args].concat(), 2, &[word]);

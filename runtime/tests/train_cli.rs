@@ -108,6 +108,32 @@ fn a_looped_model_with_experts_trains_at_drawn_depths() {
 }
 
 #[test]
+fn a_vocabulary_is_saved_and_used() {
+    let place = Place::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
+    command.current_dir(place.0.path()).args(["vocab", "--data", "data.txt", "-o", "text.vocab"]);
+    let (code, stdout, stderr) = output(command);
+    assert_eq!(code, Some(0), "{stderr}");
+    let n: usize = stdout.trim().parse().expect("a number of ids");
+    assert!((258..400).contains(&n), "{n}");
+    let small = ["--batch", "1", "--seq-len", "8", "--steps", "1", "--json"];
+    let exact = format!("o200k:restricted={n}");
+    let lines = ["text.vocab", "o200k:restricted", &exact].map(|vocab| {
+        let folder = format!("run-{vocab}");
+        let (code, stdout, stderr) = output(place.train(&[&small[..], &["--out", &folder, "--vocab", vocab]].concat()));
+        assert_eq!(code, Some(0), "{vocab}: {stderr}");
+        let line: serde_json::Value = serde_json::from_str(stdout.trim()).expect("JSON");
+        line["loss"].as_f64().expect("a loss")
+    });
+    assert!(lines[0] == lines[1] && lines[1] == lines[2], "one vocabulary by three names: {lines:?}");
+    for (vocab, what) in [("o200k:restricted=999", format!("the data need {n} ids")), ("300", "what they mean".into())]
+    {
+        let (code, _, stderr) = output(place.train(&[&small[..], &["--out", "no", "--vocab", vocab]].concat()));
+        assert!(code == Some(2) && stderr.contains(&what), "{vocab}: {code:?} {stderr}");
+    }
+}
+
+#[test]
 fn bad_input_has_a_sentence_and_a_code() {
     let place = Place::new();
     fs::write(place.path("empty.txt"), "").expect("written");

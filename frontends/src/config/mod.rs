@@ -14,6 +14,7 @@ mod read;
 mod schema;
 mod sizes;
 mod table;
+mod vocabulary;
 
 #[cfg(test)]
 mod tests;
@@ -33,3 +34,4 @@ pub use sizes::{
     parameters, parts, state_memory,
 };
 pub use table::TABLE;
+pub use vocabulary::{Vocabulary, VocabularyError};

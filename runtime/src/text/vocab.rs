@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
-use std::str::{FromStr, Utf8Error};
+use std::str::Utf8Error;
 use std::sync::Arc;
 
 use super::{TextError, o200k};
@@ -294,7 +294,7 @@ fn shorten(text: &str) -> String {
     text.chars().take(40).collect()
 }
 
-/// What `--vocab` says, before any data is read.
+/// Which vocabulary is wanted, before any data is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VocabSpec {
     /// `bytes`.
@@ -305,24 +305,6 @@ pub enum VocabSpec {
     Restricted,
     /// A saved vocabulary.
     File(PathBuf),
-}
-
-impl FromStr for VocabSpec {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        Ok(match text {
-            "bytes" => Self::Bytes,
-            "o200k" => Self::O200k,
-            "o200k:restricted" => Self::Restricted,
-            path if Path::new(path).is_file() => Self::File(path.into()),
-            other => {
-                return Err(format!(
-                    "{other:?} is neither a vocabulary (bytes, o200k, o200k:restricted) nor an existing file"
-                ));
-            }
-        })
-    }
 }
 
 #[cfg(test)]

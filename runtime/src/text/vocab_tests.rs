@@ -97,14 +97,3 @@ fn damaged_files_are_refused_with_their_line() {
     check(&with("0-300\n"), 5, "end of text");
     check(&with("1-300\n199999\n"), 6, "single-byte");
 }
-
-#[test]
-fn command_line_words() {
-    assert_eq!("bytes".parse(), Ok(VocabSpec::Bytes));
-    assert_eq!("o200k".parse(), Ok(VocabSpec::O200k));
-    assert_eq!("o200k:restricted".parse(), Ok(VocabSpec::Restricted));
-    assert!("byte".parse::<VocabSpec>().unwrap_err().contains("bytes, o200k, o200k:restricted"));
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let path = file.path().to_str().unwrap();
-    assert_eq!(path.parse(), Ok(VocabSpec::File(path.into())));
-}

@@ -49,7 +49,7 @@ pub(crate) fn model(args: &ModelArgs) -> Result<Input, Failure> {
 
 /// Read the configuration that the arguments name; with its name.
 pub(crate) fn load(args: &ModelArgs) -> Result<(String, Loaded), Failure> {
-    let overrides = args.overrides();
+    let overrides = args.overrides()?;
     match (&args.model, args.scale) {
         (Some(path), scale) => {
             if is_plan(path) {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use chimera_codegen::Target;
 use chimera_compiler::{CompileError, EntryKind, EntrySpec, Options, Scheme, UpdateRule};
 use chimera_frontends::config::{
-    BYTE_VOCABULARY, ConfigError, ModelConfig, O200K_VOCABULARY, Overrides, ParamKind, Scale, expert_stack, parameters,
+    ConfigError, ModelConfig, Overrides, ParamKind, Scale, Vocabulary, VocabularyError, expert_stack, parameters,
 };
 use chimera_frontends::layers::Depth;
 use chimera_ir::ops::Distribution;
@@ -76,6 +76,16 @@ impl From<ConfigError> for Failure {
     }
 }
 
+impl From<VocabularyError> for Failure {
+    fn from(e: VocabularyError) -> Failure {
+        match &e {
+            VocabularyError::DataDecide => Failure::usage(e.to_string()),
+            VocabularyError::Read(..) => Failure::new(e.to_string()),
+            VocabularyError::Damaged { .. } => Failure::corrupted(e.to_string()),
+        }
+    }
+}
+
 impl From<CompileError> for Failure {
     fn from(e: CompileError) -> Failure {
         match &e {
@@ -109,30 +119,21 @@ pub(crate) struct ModelArgs {
     /// Override of one configuration key; may be given several times
     #[arg(long = "set", env = "CHIMERA_SET", value_name = "KEY.PATH=VALUE", value_delimiter = ';')]
     pub(crate) sets: Vec<String>,
-    /// Vocabulary: bytes (257 ids), o200k (200073 ids), or a number of ids
-    #[arg(long, env = "CHIMERA_VOCAB", value_name = "bytes|o200k|N", value_parser = vocab)]
-    pub(crate) vocab: Option<usize>,
+    /// Vocabulary: bytes (257 ids), o200k (200073 ids), o200k restricted to N ids, a number of ids, or a saved vocabulary
+    #[arg(long, env = "CHIMERA_VOCAB", value_name = "bytes|o200k|o200k:restricted=N|N|FILE")]
+    pub(crate) vocab: Option<Vocabulary>,
 }
 
 impl ModelArgs {
     /// What the options change in a configuration.
-    pub(crate) fn overrides(&self) -> Overrides {
-        Overrides { scale: self.scale, sets: self.sets.clone(), vocab_size: self.vocab }
+    pub(crate) fn overrides(&self) -> Result<Overrides, Failure> {
+        let vocab_size = self.vocab.as_ref().map(Vocabulary::size).transpose()?;
+        Ok(Overrides { scale: self.scale, sets: self.sets.clone(), vocab_size })
     }
 
     /// Whether options change the configuration.
     pub(crate) fn overridden(&self) -> bool {
-        self.overrides() != Overrides::default()
-    }
-}
-
-fn vocab(text: &str) -> Result<usize, String> {
-    match text {
-        "bytes" => Ok(BYTE_VOCABULARY),
-        "o200k" => Ok(O200K_VOCABULARY),
-        _ => text
-            .parse()
-            .map_err(|_| "expected bytes, o200k or a number of ids; chimera-run reads vocabulary files".to_owned()),
+        self.scale.is_some() || !self.sets.is_empty() || self.vocab.is_some()
     }
 }
 

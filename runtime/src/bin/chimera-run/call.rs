@@ -7,7 +7,7 @@ use crate::model::{Model, Source};
 use crate::options::{Failure, ModelOptions, RunOptions};
 use crate::weights::{self, WeightOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
-use chimera_frontends::config;
+use chimera_frontends::config::{self, ModelConfig, Vocabulary};
 use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
 use chimera_runtime::call::{self, CallError, Tensors};
@@ -158,8 +158,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
 
 /// The model; a safetensors file may stand for the configuration in its header.
 fn open(options: &ModelOptions) -> Result<Model, Failure> {
+    let ids = options.vocab.as_ref().map(Vocabulary::size).transpose()?;
     let Some(path) = options.path().filter(|p| p.extension().is_some_and(|e| e == "safetensors")) else {
-        return Model::open(options, None);
+        return Model::open(options, ids);
     };
     let file = SafeTensors::open(path)?;
     let Some(text) = file.metadata().get("config") else {
@@ -168,7 +169,7 @@ fn open(options: &ModelOptions) -> Result<Model, Failure> {
             path.display()
         )));
     };
-    let loaded = config::from_text(&path.display().to_string(), text, &options.overrides(None))?;
+    let loaded = config::from_text(&path.display().to_string(), text, &options.overrides(ids))?;
     Ok(Model { config: loaded.model, source: Source::Config, warnings: loaded.warnings })
 }
 
@@ -206,7 +207,8 @@ fn spec(args: &Args, model: &Model, inputs: &mut Tensors) -> Result<EntrySpec, F
         ));
     }
     let depth = match (given, args.loops, args.adaptive) {
-        (None, None, false) => None,
+        // A call draws nothing, also where training does.
+        (None, None, false) => looping.map(|l| Depth::Fixed(l.default)),
         (None, Some(n), false) => Some(Depth::Fixed(n.into())),
         (None, n, true) => {
             let n = n.map_or(looping.map_or(1, |l| l.range[1]), usize::from);

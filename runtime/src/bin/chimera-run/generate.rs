@@ -77,7 +77,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if !args.quiet {
         model.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
     }
-    let vocab = model.vocab(args.model.vocab.as_ref())?;
+    let vocab = model.vocab(args.model.vocab()?.as_ref())?;
+    args.model.check_vocab(&vocab)?;
     let prompt = prompt(&args, &vocab)?;
     let (mut exe, unused) = executable(&args, &model)?;
     let memory = [exe.bytes(), exe.mapped_bytes()];

@@ -14,6 +14,7 @@ mod pack;
 mod quickstart;
 mod session;
 mod train;
+mod vocab;
 mod weights;
 
 use clap::{Parser, Subcommand};
@@ -41,6 +42,8 @@ enum Command {
     Call(Box<call::Args>),
     /// Pack the ternary weights of a model: 2 bits a weight instead of 32
     Pack(Box<pack::Args>),
+    /// Count and save the vocabulary o200k:restricted of text files
+    Vocab(vocab::Args),
     /// Train a small model on the embedded corpus and let it write
     Quickstart(Box<quickstart::Args>),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(*args),
         Command::Call(args) => call::run(*args),
         Command::Pack(args) => pack::run(*args),
+        Command::Vocab(args) => vocab::run(&args),
         Command::Quickstart(args) => quickstart::run(*args),
     };
     match result {

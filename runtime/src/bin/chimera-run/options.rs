@@ -3,13 +3,13 @@
 //! Invariant: exit codes are 0 ok, 1 failure, 2 usage, 3 invalid configuration, 4 resource, 5 corrupted file.
 
 use chimera_codegen::{Allowed, Target};
-use chimera_frontends::config::{ConfigError, Overrides, Scale};
+use chimera_frontends::config::{ConfigError, Overrides, Scale, Vocabulary, VocabularyError};
 use chimera_ir::plan::PlanError;
 use chimera_runtime::affinity::available_threads;
 use chimera_runtime::exec::{ExecError, ExecOptions};
 use chimera_runtime::files::FileError;
 use chimera_runtime::generate::GenerateError;
-use chimera_runtime::text::{TextError, VocabSpec};
+use chimera_runtime::text::{TextError, Vocab, VocabSpec};
 use chimera_runtime::train::TrainError;
 use std::fmt;
 use std::io;
@@ -59,6 +59,16 @@ impl fmt::Display for Failure {
 impl From<ConfigError> for Failure {
     fn from(e: ConfigError) -> Failure {
         Failure::config(e.to_string())
+    }
+}
+
+impl From<VocabularyError> for Failure {
+    fn from(e: VocabularyError) -> Failure {
+        match &e {
+            VocabularyError::DataDecide => Failure::usage(e.to_string()),
+            VocabularyError::Read(..) => Failure::new(e.to_string()),
+            VocabularyError::Damaged { .. } => Failure::corrupted(e.to_string()),
+        }
     }
 }
 
@@ -141,9 +151,9 @@ pub struct ModelOptions {
     /// Override of one configuration key; may be given several times
     #[arg(long = "set", env = "CHIMERA_SET", value_name = "KEY.PATH=VALUE", value_delimiter = ';')]
     pub sets: Vec<String>,
-    /// Vocabulary: bytes, o200k, o200k:restricted or a saved vocabulary
-    #[arg(long, env = "CHIMERA_VOCAB", value_name = "bytes|o200k|o200k:restricted|FILE")]
-    pub vocab: Option<VocabSpec>,
+    /// Vocabulary: bytes (257 ids), o200k (200073 ids), o200k restricted to the ids in the data (to N of them), or a saved vocabulary
+    #[arg(long, env = "CHIMERA_VOCAB", value_name = "bytes|o200k|o200k:restricted[=N]|FILE")]
+    pub vocab: Option<Vocabulary>,
 }
 
 impl ModelOptions {
@@ -155,6 +165,39 @@ impl ModelOptions {
     /// The overrides for a vocabulary of `vocab_size` ids; nothing keeps the configuration's own number.
     pub fn overrides(&self, vocab_size: Option<usize>) -> Overrides {
         Overrides { scale: self.scale, sets: self.sets.clone(), vocab_size }
+    }
+
+    /// The vocabulary that was named.
+    ///
+    /// # Errors
+    /// A mere number of ids, which gives text no meaning.
+    pub fn vocab(&self) -> Result<Option<VocabSpec>, Failure> {
+        Ok(match &self.vocab {
+            None => None,
+            Some(Vocabulary::Bytes) => Some(VocabSpec::Bytes),
+            Some(Vocabulary::O200k) => Some(VocabSpec::O200k),
+            Some(Vocabulary::Restricted(_)) => Some(VocabSpec::Restricted),
+            Some(Vocabulary::File(path)) => Some(VocabSpec::File(path.clone())),
+            Some(Vocabulary::Size(n)) => {
+                return Err(Failure::usage(format!(
+                    "--vocab {n} says how many ids there are and not what they mean; give bytes, o200k, o200k:restricted or a saved vocabulary"
+                )));
+            }
+        })
+    }
+
+    /// Compares the vocabulary that was found with `o200k:restricted=N`.
+    ///
+    /// # Errors
+    /// When it has another number of ids.
+    pub fn check_vocab(&self, found: &Vocab) -> Result<(), Failure> {
+        match self.vocab {
+            Some(Vocabulary::Restricted(Some(n))) if n != found.size() => Err(Failure::usage(format!(
+                "--vocab o200k:restricted={n}: the data need {} ids; leave the number out or give this one",
+                found.size()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Whether options change the configuration.

@@ -205,28 +205,26 @@ fn model_and_tokens(
     if sources.iter().all(|s| s.documents.iter().all(Vec::is_empty)) {
         return Err(TextError::NoFiles.into());
     }
+    let named = options.vocab()?;
     let fixed = match (&model.source, saved) {
         (_, Some(meta)) => Some(Vocab::from_text(&meta.vocab)?),
-        (Source::Weights(..), None) => Some(model.vocab(options.vocab.as_ref())?),
+        (Source::Weights(..), None) => Some(model.vocab(named.as_ref())?),
         _ => None,
     };
     if let Some(vocab) = fixed {
-        if options
-            .vocab
-            .as_ref()
-            .is_some_and(|spec| !matches!(spec, VocabSpec::File(_)) && name_of(spec) != vocab.name())
-        {
+        if named.is_some_and(|spec| !matches!(spec, VocabSpec::File(_)) && name_of(&spec) != vocab.name()) {
             return Err(Failure::config(format!(
                 "the weights were made with the vocabulary {}; leave --vocab out",
                 vocab.name()
             )));
         }
+        options.check_vocab(&vocab)?;
         model.check(&vocab)?;
         let tokens = text::tokenise(&vocab, &sources, &mut |_, _| {})?;
         return Ok((model, vocab, tokens));
     }
-    let spec = match &options.vocab {
-        Some(spec) => spec.clone(),
+    let spec = match named {
+        Some(spec) => spec,
         None if options.scale.is_some() && matches!(model.source, Source::Config) => VocabSpec::Bytes,
         None => spec_of_size(model.config.vocab_size).ok_or_else(|| {
             let n = model.config.vocab_size;
@@ -236,6 +234,7 @@ fn model_and_tokens(
         })?,
     };
     let (vocab, tokens) = text::prepare(&spec, &sources, &mut |_, _| {})?;
+    options.check_vocab(&vocab)?;
     if vocab.size() != model.config.vocab_size {
         // A configuration takes the size of the vocabulary; a plan cannot.
         model = Model::open(options, Some(vocab.size()))?;
