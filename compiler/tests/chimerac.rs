@@ -320,6 +320,22 @@ fn wrong_configurations_end_with_3_and_the_key() {
 }
 
 #[test]
+fn the_rate_of_the_expert_balance_is_the_configurations() {
+    let dir = folder("balance");
+    let rate = |args: &[&str]| {
+        let written =
+            plan(&dir.join("a.txt"), &[args, &["--entries", "loss,dual_loss,update", "--tokens", "8"]].concat());
+        let all = String::from_utf8(written).expect("the text form");
+        let at = all.find("balance: ").expect("the update names its rate") + "balance: ".len();
+        all[at..].split(' ').next().expect("a number").to_owned()
+    };
+    assert_eq!(rate(&["--scale", "test"]), "0.001");
+    assert_eq!(rate(&["--scale", "test", "--set", "backbone.moe.bias_update_rate=0.25"]), "0.25");
+    assert_eq!(rate(&["--scale", "test", "--balance", "0.5"]), "0.5");
+    assert_eq!(rate(&["--scale", "pico"]), "0.0");
+}
+
+#[test]
 fn vocabularies_give_the_number_of_ids() {
     let dir = folder("vocabularies");
     let file = dir.join("text.vocab");

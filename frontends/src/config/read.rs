@@ -92,6 +92,11 @@ impl Reader<'_> {
         self.sources.error(Code::Dimensions, self.node(path).span, message).at_key(path)
     }
 
+    fn unsupported(&self, path: &str, what: String) -> ConfigError {
+        let message = format!("{what} are not implemented");
+        self.sources.error(Code::Unsupported, self.node(path).span, message).at_key(path)
+    }
+
     /// The model, or the first rule that the document breaks.
     pub(super) fn model(&self) -> Result<ModelConfig, ConfigError> {
         let layers = self.layers()?;
@@ -251,6 +256,16 @@ impl Reader<'_> {
         };
         let group_size = self.int("quantization.group_size");
         let block = self.int("quantization.activation_block_size");
+        if activation == Activation::Block && ![64, 128].contains(&block) {
+            return Err(self
+                .unsupported("quantization.activation_block_size", format!("blocks of {block} inputs"))
+                .expected("64 or 128; one scale for a whole row is quantization.activation_method absmax_per_token"));
+        }
+        if (weight_scale, activation) == (WeightScale::Group, Activation::Token) && !group_size.is_multiple_of(64) {
+            return Err(self
+                .unsupported("quantization.group_size", format!("weight groups of {group_size} with int8 activations"))
+                .expected("a multiple of 64"));
+        }
         if (weight_scale, activation) == (WeightScale::Group, Activation::Block) && !group_size.is_multiple_of(block) {
             let at = if self.is_default("quantization.group_size") { "activation_block_size" } else { "group_size" };
             let message = format!("a weight group of {group_size} is not a whole number of blocks of {block}");

@@ -252,9 +252,9 @@ pub(crate) struct BuildArgs {
     /// mezo: decay of ternary weights
     #[arg(long, env = "CHIMERA_WEIGHT_DECAY", default_value_t = 0.0, value_parser = below_one)]
     pub(crate) weight_decay: f32,
-    /// Rate of the expert balance; 0 leaves selection biases alone
-    #[arg(long, env = "CHIMERA_BALANCE", default_value_t = 0.0, value_parser = below_one)]
-    pub(crate) balance: f32,
+    /// Rate of the expert balance, 0 leaves selection biases alone; the configuration's bias_update_rate when absent
+    #[arg(long, env = "CHIMERA_BALANCE", value_parser = below_one)]
+    pub(crate) balance: Option<f32>,
     /// Probe and train only weights whose names start so, separated by commas
     #[arg(long, env = "CHIMERA_TRAINABLE", value_delimiter = ',', value_name = "PREFIX,...")]
     pub(crate) trainable: Vec<String>,
@@ -301,7 +301,7 @@ impl BuildArgs {
                 EntryName::Prefill => (EntryKind::Prefill, streams, tokens),
                 EntryName::Decode => (EntryKind::Decode, streams, 1),
                 EntryName::DualLoss => (EntryKind::DualLoss(self.scheme()), rows, tokens),
-                EntryName::Update => (EntryKind::Update(self.scheme(), self.rule()), rows, tokens),
+                EntryName::Update => (EntryKind::Update(self.scheme(), self.rule(model)), rows, tokens),
             };
             EntrySpec { kind, rows, tokens, depth }
         };
@@ -355,12 +355,13 @@ impl BuildArgs {
         }
     }
 
-    fn rule(&self) -> UpdateRule {
+    fn rule(&self, model: &ModelConfig) -> UpdateRule {
+        let configured = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
         UpdateRule {
             momentum: self.momentum,
             vec_scale: self.vec_scale,
             weight_decay: self.weight_decay,
-            balance: self.balance,
+            balance: self.balance.unwrap_or(configured),
         }
     }
 
