@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_frontends::config::{self, Overrides};
+use chimera_ir::plan;
 use chimera_runtime::files::b158::B158;
 use chimera_runtime::train::checkpoint;
 
@@ -13,6 +16,15 @@ const MODEL: &str = r#"{
   "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
   "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": false } },
   "looping": { "enabled": false }
+}"#;
+
+/// A model with experts and a loop whose depth is drawn.
+const LOOPED: &str = r#"{
+  "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
+  "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
+  "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 4], "loop_default": 2,
+    "depth_selection": "stochastic_per_sequence" }
 }"#;
 
 struct Place(tempfile::TempDir);
@@ -34,6 +46,13 @@ impl Place {
         let mut command = self.bare(&["model.json", "--data", "data.txt"]);
         command.args(words);
         command
+    }
+
+    /// Name and bytes of every tensor of a checkpoint.
+    fn tensors(&self, checkpoint: &str) -> Vec<(String, Vec<u8>)> {
+        let file = B158::open(&self.path(checkpoint)).expect("a checkpoint");
+        let names: Vec<String> = file.iter().map(|t| t.0.to_owned()).collect();
+        names.into_iter().map(|n| (n.clone(), file.require(&n).expect("a tensor").bytes.to_vec())).collect()
     }
 
     fn bare(&self, words: &[&str]) -> Command {
@@ -69,11 +88,7 @@ fn a_run_trains_saves_and_resumes() {
     assert_eq!(parted(&["--steps", "2", "--out", "parts"]), Some(0));
     let (code, stdout, stderr) = output(place.bare(&["--resume", "parts", "--steps", "6", "--json"]));
     assert_eq!((code, stdout.lines().count()), (Some(0), 4), "{stderr}");
-    let tensors = |folder: &str| {
-        let file = B158::open(&place.path(folder).join("step-00000006.b158")).expect("a checkpoint");
-        let names: Vec<String> = file.iter().map(|t| t.0.to_owned()).collect();
-        names.into_iter().map(|n| (file.require(&n).expect("a tensor").bytes.to_vec(), n)).collect::<Vec<_>>()
-    };
+    let tensors = |folder: &str| place.tensors(&format!("{folder}/step-00000006.b158"));
     assert!(tensors("parts") == tensors("six"), "a resumed run has the bits of an uninterrupted one");
 
     for (words, what) in [(["--seed", "9"], "--seed is 9"), (["--data", "model.json"], "other data")] {
@@ -87,16 +102,9 @@ fn a_run_trains_saves_and_resumes() {
 #[test]
 fn a_looped_model_with_experts_trains_at_drawn_depths() {
     let place = Place::new();
-    let looped = r#"{
-      "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
-      "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
-        "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
-      "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 4], "loop_default": 2,
-        "depth_selection": "DEPTHS" }
-    }"#;
     let mut losses = vec![];
     for depths in ["stochastic_per_sequence", "fixed"] {
-        fs::write(place.path("looped.json"), looped.replace("DEPTHS", depths)).expect("written");
+        fs::write(place.path("looped.json"), LOOPED.replace("stochastic_per_sequence", depths)).expect("written");
         let words = ["looped.json", "--data", "data.txt", "--batch", "4", "--seq-len", "16", "--steps", "3"];
         let (code, stdout, stderr) = output(place.bare(&[&words[..], &["--json", "--out", depths]].concat()));
         assert_eq!((code, stdout.lines().count()), (Some(0), 3), "{stderr}");
@@ -105,6 +113,43 @@ fn a_looped_model_with_experts_trains_at_drawn_depths() {
         losses.push(step["loss"].as_f64().expect("a loss"));
     }
     assert_ne!(losses[0], losses[1], "drawn depths show in the loss");
+}
+
+#[test]
+fn a_plan_trains_to_the_bits_of_its_configuration() {
+    let place = Place::new();
+    fs::write(place.path("looped.json"), LOOPED).expect("written");
+    let loaded = config::load(&place.path("looped.json"), &Overrides::default()).expect("a configuration").model;
+    let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 };
+    let balance = loaded.moe.as_ref().expect("experts").bias_update_rate as f32;
+    assert!(balance > 0.0);
+    let rule = UpdateRule { balance, ..UpdateRule::default() };
+    let spec = |kind, rows| EntrySpec { kind, rows, tokens: 16, depth: None };
+    let entries = vec![
+        spec(EntryKind::DualLoss(scheme.clone()), 3),
+        spec(EntryKind::Update(scheme, rule), 3),
+        spec(EntryKind::Loss, 2),
+    ];
+    let compiled = compile(&loaded, &Options { entries, ..Options::default() }).expect("a plan");
+    fs::write(place.path("a.plan"), plan::to_bytes(&compiled)).expect("written");
+    fs::write(place.path("a.txt"), plan::to_text(&compiled)).expect("written");
+
+    let data = ["--data", "data.txt", "--val-every", "2"];
+    let train = |words: &[&str]| {
+        let (code, stdout, stderr) = output(place.bare(words));
+        assert_eq!(code, Some(0), "{words:?}: {stderr}");
+        place.tensors(stdout.trim())
+    };
+    let with = |words: &[&'static str]| [words, &data].concat();
+    let shape = ["--batch", "3", "--seq-len", "16", "--steps", "4", "--lr-decay", "constant"];
+    let expected = train(&[&with(&["looped.json", "--out", "config"])[..], &shape].concat());
+    for (name, folder) in [("a.plan", "binary"), ("a.txt", "text")] {
+        let found = train(&with(&[name, "--out", folder, "--steps", "4", "--lr-decay", "constant"]));
+        assert!(found == expected, "{name} trains to other bits than its configuration");
+    }
+    train(&with(&["a.plan", "--out", "parts", "--steps", "1", "--lr-decay", "constant"]));
+    let found = train(&["--resume", "parts", "--steps", "4"]);
+    assert!(found == expected, "a run from a plan resumes with that plan");
 }
 
 #[test]
