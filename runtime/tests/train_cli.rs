@@ -152,6 +152,54 @@ fn a_plan_trains_to_the_bits_of_its_configuration() {
     assert!(found == expected, "a run from a plan resumes with that plan");
 }
 
+/// Names of the files in a folder, the log apart.
+#[cfg(unix)]
+fn checkpoints(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").file_name());
+    let names = entries.map(|n| n.into_string().expect("UTF-8"));
+    let mut names: Vec<String> = names.filter(|n| n.contains("step-") || n.contains("partial")).collect();
+    names.sort();
+    names
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_ends_the_run_and_keeps_the_last_checkpoint() {
+    let place = Place::new();
+    let words = ["--batch", "2", "--seq-len", "16", "--val-every", "0", "--lr-decay", "constant"];
+    assert_eq!(output(place.train(&[&words[..], &["--steps", "4", "--out", "whole"]].concat())).0, Some(0));
+    assert_eq!(output(place.train(&[&words[..], &["--steps", "2", "--out", "run"]].concat())).0, Some(0));
+    let before = fs::read(place.path("run/step-00000002.b158")).expect("a checkpoint");
+    assert!(before.len() > 3 << 14, "the limit below is smaller than a checkpoint");
+
+    // No file beyond 16 kB: the signal that ends other programs is an error of the write here.
+    let resume = |prefix: &str, out: &str| {
+        let mut command = Command::new("sh");
+        let run = env!("CARGO_BIN_EXE_chimera-run");
+        let line =
+            format!("{prefix} exec {run} train --resume run/step-00000002.b158 --out {out} --steps 4 --threads 1");
+        command.current_dir(place.0.path()).args(["-c", &line]);
+        output(command)
+    };
+    let (code, stdout, stderr) = resume("ulimit -f 32;", "run");
+    assert_eq!((code, stdout.as_str()), (Some(4), ""), "{stderr}");
+    assert!(stderr.contains("step-00000004.b158: no space left") && stderr.contains("unchanged"), "{stderr}");
+    assert_eq!(checkpoints(&place.path("run")), ["step-00000002.b158"], "no part of a checkpoint is left");
+
+    if cfg!(target_os = "linux") {
+        // A device that is always full stands where the checkpoint goes.
+        fs::create_dir(place.path("full")).expect("a folder");
+        std::os::unix::fs::symlink("/dev/full", place.path("full/step-00000004.b158")).expect("a link");
+        let (code, _, stderr) = resume("", "full");
+        assert!(code == Some(4) && stderr.contains("no space left"), "{code:?}: {stderr}");
+    }
+    assert!(fs::read(place.path("run/step-00000002.b158")).expect("a checkpoint") == before);
+    let (code, _, stderr) = resume("", "run");
+    assert_eq!(code, Some(0), "{stderr}");
+    let last = "step-00000004.b158";
+    assert!(place.tensors(&format!("run/{last}")) == place.tensors(&format!("whole/{last}")), "nothing was lost");
+}
+
 #[test]
 fn a_vocabulary_is_saved_and_used() {
     let place = Place::new();

@@ -30,7 +30,7 @@ pub enum FileError {
         /// The system's answer.
         source: io::Error,
     },
-    /// The disk or the quota is full.
+    /// The disk or the quota is full, or the file would be larger than files may be.
     NoSpace {
         /// The file that could not be written. A previous file of this name is unchanged.
         path: PathBuf,
@@ -62,6 +62,11 @@ pub enum FileError {
     },
 }
 
+/// Whether a write failed for want of room.
+pub fn is_full(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+}
+
 impl FileError {
     /// Exit code of a command that ends with this error: 1 failure, 4 resource (disk, memory), 5 corrupted file.
     pub fn exit_code(&self) -> u8 {
@@ -86,9 +91,7 @@ impl FileError {
 
     pub(crate) fn io(path: &Path, action: &'static str, source: io::Error) -> FileError {
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                FileError::NoSpace { path: path.to_path_buf() }
-            }
+            kind if is_full(kind) => FileError::NoSpace { path: path.to_path_buf() },
             _ => FileError::Io { path: path.to_path_buf(), action, source },
         }
     }
@@ -123,8 +126,8 @@ impl fmt::Display for FileError {
             }
             FileError::NoSpace { .. } => write!(
                 f,
-                "{shown}: no space left on the device or in the quota; a previous file of this name is unchanged, free \
-                 space or choose another folder"
+                "{shown}: no space left on the device, in the quota or below the limit of file sizes; a previous file of this \
+                 name is unchanged, free space or choose another folder"
             ),
             FileError::Corrupted { tensor: Some(tensor), reason, .. } => {
                 write!(f, "{shown}: tensor `{tensor}` is corrupted: {reason}; restore the file from its source")

@@ -16,7 +16,7 @@ pub use schedule::{Decay, Schedule};
 pub use step::{Depths, Estimator, Probed, Trainer, coefficients};
 
 use crate::exec::ExecError;
-use crate::files::FileError;
+use crate::files::{FileError, is_full};
 use crate::text::TextError;
 use std::fmt;
 use std::io;
@@ -81,10 +81,8 @@ impl TrainError {
             TrainError::Exec(e) => e.exit_code(),
             TrainError::File(e) => e.exit_code(),
             TrainError::NotFinite { .. } | TrainError::Checkpoint { .. } => 5,
-            TrainError::Io { source, .. } => match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => 4,
-                _ => 1,
-            },
+            TrainError::Io { source, .. } if is_full(source.kind()) => 4,
+            TrainError::Io { .. } => 1,
             TrainError::Text(_) | TrainError::Plan(_) | TrainError::Weights { .. } | TrainError::Diverged { .. } => 1,
         }
     }

@@ -48,16 +48,21 @@ enum Command {
     Quickstart(Box<quickstart::Args>),
 }
 
-fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+fn run(command: Command) -> Result<(), Failure> {
+    #[cfg(unix)]
+    session::survive_large_files()?;
+    match command {
         Command::Train(args) => train::run(*args),
         Command::Generate(args) => generate::run(*args),
         Command::Call(args) => call::run(*args),
         Command::Pack(args) => pack::run(*args),
         Command::Vocab(args) => vocab::run(&args),
         Command::Quickstart(args) => quickstart::run(*args),
-    };
-    match result {
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => report(&failure),
     }

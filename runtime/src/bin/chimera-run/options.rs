@@ -7,7 +7,7 @@ use chimera_frontends::config::{ConfigError, Overrides, Scale, Vocabulary, Vocab
 use chimera_ir::plan::PlanError;
 use chimera_runtime::affinity::available_threads;
 use chimera_runtime::exec::{ExecError, ExecOptions};
-use chimera_runtime::files::FileError;
+use chimera_runtime::files::{self, FileError};
 use chimera_runtime::generate::GenerateError;
 use chimera_runtime::text::{TextError, Vocab, VocabSpec};
 use chimera_runtime::train::TrainError;
@@ -133,7 +133,7 @@ impl From<io::Error> for Failure {
 }
 
 fn is_full(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::OutOfMemory)
+    files::is_full(e.kind()) || e.kind() == io::ErrorKind::OutOfMemory
 }
 
 /// Which model.

@@ -50,6 +50,17 @@ impl Interrupt {
     }
 }
 
+/// From here on, a write beyond the limit of file sizes is an error like that of a full disk and does not end the process.
+///
+/// # Errors
+/// When the system refuses the handler.
+#[cfg(unix)]
+pub fn survive_large_files() -> Result<(), Failure> {
+    let nobody = Arc::new(AtomicBool::new(false));
+    let refused = |e| Failure::new(format!("cannot listen to signals: {e}"));
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, nobody).map(drop).map_err(refused)
+}
+
 /// The plan of a run.
 ///
 /// # Errors
