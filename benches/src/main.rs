@@ -77,7 +77,10 @@ fn progress() -> impl FnMut(&str) {
 fn main() -> Result<()> {
     let args = Args::parse();
     let threads = args.threads.map_or_else(available_threads, usize::from);
-    ensure!(!args.processor_time || threads == 1, "--processor-time measures one thread, found {threads}: add --threads 1");
+    ensure!(
+        !args.processor_time || threads == 1,
+        "--processor-time measures one thread, found {threads}: add --threads 1"
+    );
     let target = args.isa.unwrap_or_else(chimera_codegen::host);
     let setup = Setup { threads, target, processor_time: args.processor_time };
     let mut show = progress();

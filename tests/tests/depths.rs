@@ -5,8 +5,8 @@
 use chimera_codegen::emitters;
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::layers::Depth;
-use chimera_runtime::call;
 use chimera_runtime::exec::Executable;
+use chimera_runtime::train::weights::WeightFile;
 use chimera_tests::engine::{exec_options, output};
 use chimera_tests::golden::{Golden, path};
 
@@ -21,7 +21,8 @@ fn executable(kind: EntryKind, rows: usize, tokens: usize, emitter: &str) -> Exe
     let options = Options { entries: vec![EntrySpec { kind, rows, tokens, depth }], ..Options::default() };
     let plan = compile(&cfg, &options).expect("the model compiles");
     let mut exe = Executable::new(plan, &exec_options(emitter, 2)).expect("the plan is executable");
-    call::set_weights(&mut exe, &path("model_params")).expect("the weights fit");
+    let weights = WeightFile::open(&path("model_params")).expect("the weights are there");
+    weights.assign(&mut exe, false).expect("the weights fit");
     exe
 }
 

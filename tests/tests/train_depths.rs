@@ -10,6 +10,7 @@ use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::files::HostTensor;
 use chimera_runtime::rng::poisson_depth;
 use chimera_runtime::text::Batch;
+use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{Depths, TrainError, Trainer};
 use chimera_tests::golden::{Golden, path};
 
@@ -37,7 +38,8 @@ fn trainer(cfg: &ModelConfig, scheme: &Scheme, batch: &Batch, depth: Option<Dept
     let plan = compile(cfg, &options).expect("the model compiles");
     let options = ExecOptions { threads: 2, emitters: Allowed::all(), target: host(), max_bytes: u64::MAX };
     let mut exec = Executable::new(plan, &options).expect("the plan is executable");
-    call::set_weights(&mut exec, &path("model_params")).expect("the weights fit");
+    let weights = WeightFile::open(&path("model_params")).expect("the weights are there");
+    weights.assign(&mut exec, false).expect("the weights fit");
     Trainer::new(exec, SEED).expect("a plan for training")
 }
 

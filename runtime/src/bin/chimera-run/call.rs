@@ -7,7 +7,7 @@ use crate::model::{Model, Source};
 use crate::options::{Failure, ModelOptions, RunOptions};
 use crate::weights::{self, WeightOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
-use chimera_frontends::config::{self, ModelConfig, Vocabulary};
+use chimera_frontends::config::{self, Vocabulary};
 use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
 use chimera_runtime::call::{self, CallError, Tensors};

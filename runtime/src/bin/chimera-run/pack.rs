@@ -74,8 +74,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ));
     }
     let mut metadata = BTreeMap::from([("config".to_owned(), config.to_json().to_string())]);
-    match &args.model.vocab {
-        Some(spec) => drop(metadata.insert("vocab".into(), model.vocab(Some(spec))?.to_text())),
+    match args.model.vocab()? {
+        Some(spec) => {
+            let vocab = model.vocab(Some(&spec))?;
+            args.model.check_vocab(&vocab)?;
+            metadata.insert("vocab".into(), vocab.to_text());
+        }
         None => metadata.extend(file.metadata().get("vocab").map(|text| ("vocab".to_owned(), text.clone()))),
     }
     let (items, absent) = items(config, &file)?;

@@ -18,14 +18,7 @@ const PART: i64 = 32;
 
 impl Lower<'_> {
     /// Lower the loop in this way, if it is one whose byte products deserve it.
-    pub(super) fn dots_loop(
-        &mut self,
-        var: Var,
-        lo: Bound,
-        trips: Option<i64>,
-        step: i64,
-        body: &[Stmt],
-    ) -> bool {
+    pub(super) fn dots_loop(&mut self, var: Var, lo: Bound, trips: Option<i64>, step: i64, body: &[Stmt]) -> bool {
         let Some(trips) = trips.filter(|&n| n > 1 && !self.has_dot) else { return false };
         let sums = self.byte_sums(body);
         if sums.is_empty() {
