@@ -282,7 +282,7 @@ fn machine_code_and_graphs_are_text() {
     plan(&path, &["--scale", "pico", "--tokens", "8", "--target", "x86-64-v3", "--entries", "decode"]);
     let path = path.to_str().unwrap();
     let by_index = good(&["inspect", path, "--asm", "0"]);
-    assert!(by_index.starts_with("; portable for x86-64-v3") && by_index.contains("ret"), "{by_index}");
+    assert!(by_index.starts_with("; wide for x86-64-v3") && by_index.contains("ret"), "{by_index}");
     let kernels = good_json(&["inspect", path, "--section", "kernels", "--json"]);
     let name = kernels["kernels"]["kernels"][0]["name"].as_str().expect("a name").to_owned();
     assert_eq!(by_index, good(&["inspect", path, "--asm", &name]));
