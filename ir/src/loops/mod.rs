@@ -17,7 +17,7 @@ mod verify;
 pub use build::Builder;
 pub use expr::{f32c, f64c, i32c, int};
 pub use interp::{Memory, interpret};
-pub use range::unproven;
+pub use range::{unproven, work};
 pub use tensors::Tensors;
 pub use text::{parse, print};
 pub use verify::{KernelError, verify};

@@ -50,16 +50,26 @@ pub fn unproven(kernel: &Kernel) -> Vec<String> {
     accesses(kernel).into_iter().map(|a| a.text).collect()
 }
 
+/// An upper bound of the expressions that a run over the whole grid of a verified kernel evaluates.
+pub fn work(kernel: &Kernel) -> u64 {
+    analyse(kernel).work
+}
+
 /// As [`unproven`], with what verification needs. The kernel is well-typed.
 pub(super) fn accesses(kernel: &Kernel) -> Vec<Access> {
+    analyse(kernel).found
+}
+
+fn analyse(kernel: &Kernel) -> Analysis<'_> {
     let mut assigned = vec![0u32; kernel.vars.len()];
     count_assignments(&kernel.body, &mut assigned);
-    let mut a = Analysis { kernel, assigned, spans: vec![FULL; kernel.vars.len()], found: vec![] };
+    let (spans, times) = (vec![FULL; kernel.vars.len()], kernel.grid as u64);
+    let mut a = Analysis { kernel, assigned, spans, times, work: 0, found: vec![] };
     if kernel.grid > 0 {
         a.spans[GRID.0 as usize] = Span { lo: 0, hi: kernel.grid as i64 - 1 };
         a.block(&kernel.body);
     }
-    a.found
+    a
 }
 
 fn count_assignments(body: &[Stmt], n: &mut [u32]) {
@@ -86,6 +96,10 @@ struct Analysis<'a> {
     assigned: Vec<u32>,
     /// What is known of each variable here.
     spans: Vec<Span>,
+    /// How often the statement under inspection runs at most.
+    times: u64,
+    /// See [`work`].
+    work: u64,
     found: Vec<Access>,
 }
 
@@ -146,9 +160,12 @@ impl Analysis<'_> {
             span.hi = span.hi.saturating_sub(span.hi.saturating_sub(span.lo).rem_euclid(step));
         }
         if !span.is_empty() {
-            let outer = std::mem::replace(&mut self.spans[var.0 as usize], span);
+            let iterations = (span.hi.abs_diff(span.lo) / step.unsigned_abs()).saturating_add(1);
+            let times = self.times.saturating_mul(iterations);
+            let outer =
+                (std::mem::replace(&mut self.spans[var.0 as usize], span), std::mem::replace(&mut self.times, times));
             body(self);
-            self.spans[var.0 as usize] = outer;
+            (self.spans[var.0 as usize], self.times) = outer;
         }
     }
 
@@ -191,6 +208,7 @@ impl Analysis<'_> {
 
     /// Check the loads in an expression.
     fn visit(&mut self, e: &Expr) {
+        self.work = self.work.saturating_add(self.times);
         match e {
             Expr::F32(_) | Expr::F64(_) | Expr::I32(_) | Expr::Int(_) | Expr::Var(_) => {}
             Expr::Load(buf, i) => {

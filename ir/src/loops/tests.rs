@@ -369,6 +369,24 @@ fn intervals_follow_arithmetic_and_conditions() {
     assert!(found[0].starts_with("store y at (select"), "{found:?}");
 }
 
+#[test]
+fn work_is_bounded_by_the_ranges_of_loops() {
+    let kernel = |hi: &dyn Fn(Buf) -> Expr| {
+        let mut b = Builder::new("work");
+        let n = b.buf("n", DType::U8, 1, Role::In);
+        let y = b.buf("y", DType::F32, 400, Role::Out);
+        b.grid(3);
+        b.each(0, hi(n), |b, i| b.store(y, i, f32c(0.0)));
+        b.finish()
+    };
+    // Two bounds for each instance, an index and a value for each iteration.
+    assert_eq!(work(&kernel(&|_| Expr::Int(5))), 3 * (2 + 5 * 2));
+    assert_eq!(work(&kernel(&|_| Expr::Int(0))), 3 * 2);
+    // A bound that is loaded has one expression more inside, and is 255 at most.
+    assert_eq!(work(&kernel(&|n| Expr::load(n, 0).cast(Ty::I64))), 3 * (4 + 255 * 2));
+    assert!(work(&kernel(&|n| Expr::load(n, 0).cast(Ty::F32).cast(Ty::I64))) > 1 << 62);
+}
+
 impl Lcg {
     fn constant(&mut self, ty: Ty) -> Expr {
         let r = self.next();

@@ -2,7 +2,8 @@
 //!
 //! A verified plan names only what exists, and every buffer that a step touches lies inside its memory and is at least as
 //! large as the kernel declares; the runtime's pointers rest on this. Which elements a kernel touches inside its declared
-//! buffers is the promise of the kernel, so a plan deserves the trust of a program. One pass, linear in the size of the plan.
+//! buffers is proven for kernels without [`loops::unproven`] accesses and the promise of all others, so a plan deserves the trust
+//! of a program. One pass, linear in the size of the plan.
 
 use super::*;
 use crate::loops::{self, Role};

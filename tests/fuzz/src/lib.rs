@@ -3,8 +3,11 @@
 //! A function returns for every input; a panic is a finding. Checksums keep random damage out, so inputs are read twice: as they are, and
 //! with checksums and lengths made right.
 
+use chimera_codegen::{Allowed, host};
 use chimera_frontends::config::{self, Overrides};
-use chimera_ir::plan;
+use chimera_ir::plan::{self, Plan, Step};
+use chimera_ir::{DType, loops};
+use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::files::b158::{self, B158};
 use chimera_runtime::files::npy;
 use chimera_runtime::files::safetensors::SafeTensors;
@@ -45,7 +48,7 @@ pub fn config(data: &[u8]) {
     }
 }
 
-/// A plan in binary or text form: what is accepted is written and read back to the same bytes.
+/// A plan in binary or text form: what is accepted is written and read back to the same bytes, and runs.
 pub fn plan(data: &[u8]) {
     plan_once(data);
     plan_once(&repaired_plan(data));
@@ -66,6 +69,70 @@ fn plan_once(data: &[u8]) {
     assert!(plan::to_bytes(&again) == bytes, "the binary form changes");
     let again = plan::from_text(&text).unwrap_or_else(|e| panic!("the text form is refused: {e}"));
     assert!(plan::to_text(&again) == text, "the text form changes");
+    plan_runs(&plan);
+}
+
+/// Most expressions that one plan evaluates here, and most bytes of its memories.
+const MAX_WORK: u64 = 1 << 18;
+const MAX_BYTES: u64 = 1 << 22;
+
+/// A verified plan compiles on every emitter, and runs to an end or an error: kernels whose indices are proven to be inside their
+/// buffers stay there whatever they are given. Other kernels are programs to be trusted, not data, and are compiled only.
+fn plan_runs(plan: &Plan) {
+    if plan::verify(plan).is_err() {
+        return;
+    }
+    let (mut work, mut times) = (0u64, 1);
+    for step in plan.entries.iter().flat_map(|e| &e.steps) {
+        let once = match step {
+            Step::Run { kernel, .. } => loops::work(&plan.kernels[kernel.0 as usize]),
+            Step::Copy { from, .. } => plan.buffer(*from).ty.bytes() as u64,
+            Step::LoopBegin { max, .. } => {
+                times = u64::from(*max);
+                1
+            }
+            Step::LoopEnd { .. } => std::mem::replace(&mut times, 1),
+        };
+        work = work.saturating_add(once.saturating_mul(times));
+    }
+    let bounded = work <= MAX_WORK;
+    let proven = plan.kernels.iter().all(|k| loops::unproven(k).is_empty());
+    for emitters in ["interp", "portable,interp"] {
+        let emitters = Allowed::parse(emitters).expect("emitters know their names");
+        let options = ExecOptions { threads: 1, emitters, target: host(), max_bytes: MAX_BYTES };
+        match Executable::new(plan.clone(), &options) {
+            Ok(mut exe) if bounded && proven => plan_entries(&mut exe, plan),
+            Ok(_) => {}
+            Err(e) => sentence(&e),
+        }
+    }
+}
+
+/// Every entry point on numbers that indices and loops do not expect.
+fn plan_entries(exe: &mut Executable, plan: &Plan) {
+    let floats = |n: usize| -> Vec<f32> { [0.5, -3.0e38, f32::NAN, 0.0, 1.0e9].into_iter().cycle().take(n).collect() };
+    let ints = |n: usize| -> Vec<i32> { [1, i32::MIN, 0, 7, i32::MAX, -1].into_iter().cycle().take(n).collect() };
+    for w in &plan.weights {
+        let (name, dims, n) = (&w.name, &w.ty.dims, w.ty.numel());
+        let set = match w.ty.dtype {
+            DType::I32 => exe.set_weight(name, dims, &ints(n)),
+            _ => exe.set_weight(name, dims, &floats(n)),
+        };
+        set.unwrap_or_else(|e| sentence(&e));
+    }
+    for entry in &plan.entries {
+        for (name, id) in &entry.inputs {
+            let ty = &plan.buffer(*id).ty;
+            let set = match ty.dtype {
+                DType::I32 => exe.set_input(entry.name.as_str(), name, &ints(ty.numel())),
+                _ => exe.set_input(entry.name.as_str(), name, &floats(ty.numel())),
+            };
+            set.unwrap_or_else(|e| sentence(&e));
+        }
+        if let Err(e) = exe.run(entry.name.as_str()) {
+            sentence(&e);
+        }
+    }
 }
 
 /// The same content behind a header that agrees with it.
