@@ -1,11 +1,12 @@
 //! The command line of the compiler, run as users run it.
 //!
-//! Every test starts the built binary; nothing here knows how it works inside.
+//! Every test starts the built binary; nothing here knows how it works inside, the names of the stages apart.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use chimera_compiler::passes::STAGES;
 use serde_json::Value;
 
 /// A folder of its own for each test, empty at the start.
@@ -148,20 +149,9 @@ fn compiling_twice_gives_the_same_bytes_in_both_forms() {
 fn every_stage_can_be_the_last_and_is_dumped() {
     let dir = folder("stages");
     let args = ["compile", "--scale", "test", "--tokens", "8", "--entries", "loss,dual_loss"];
-    let stages = [
-        "build",
-        "canonicalise",
-        "fold",
-        "cse",
-        "dead",
-        "transform",
-        "simplify",
-        "norm-quantise",
-        "gate-up",
-        "hoist",
-        "fuse",
-    ];
-    for stage in stages {
+    let (last, stages) = STAGES.split_last().expect("there are stages");
+    assert_eq!(*last, "plan");
+    for &stage in stages {
         let out = good(&[&args[..], &["--stop-after", stage]].concat());
         assert!(out.contains("entry dual_loss\n"), "{stage}");
         assert_eq!(out.contains("entry loss\n"), stage != "transform", "{stage}: only probes transform");

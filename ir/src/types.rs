@@ -145,6 +145,19 @@ impl Data {
         }
     }
 
+    /// `len` elements that no kernel should leave behind: NaN and -1.
+    pub fn poison(dtype: DType, len: usize) -> Data {
+        match dtype {
+            DType::F32 => Data::F32(vec![f32::NAN; len]),
+            DType::F64 => Data::F64(vec![f64::NAN; len]),
+            DType::BF16 => Data::BF16(vec![u16::MAX; len]),
+            DType::I8 => Data::I8(vec![-1; len]),
+            DType::U8 => Data::U8(vec![u8::MAX; len]),
+            DType::I16 => Data::I16(vec![-1; len]),
+            DType::I32 => Data::I32(vec![-1; len]),
+        }
+    }
+
     /// The element type.
     pub fn dtype(&self) -> DType {
         match self {

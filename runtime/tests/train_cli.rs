@@ -119,7 +119,7 @@ fn a_looped_model_with_experts_trains_at_drawn_depths() {
 fn a_plan_trains_to_the_bits_of_its_configuration() {
     let place = Place::new();
     fs::write(place.path("looped.json"), LOOPED).expect("written");
-    let loaded = config::load(&place.path("looped.json"), &Overrides::default()).expect("a configuration").model;
+    let loaded = config::load(place.path("looped.json"), &Overrides::default()).expect("a configuration").model;
     let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 };
     let balance = loaded.moe.as_ref().expect("experts").bias_update_rate as f32;
     assert!(balance > 0.0);

@@ -133,7 +133,7 @@ pub fn run_lowered(
         .iter()
         .map(|a| match *a {
             Argument::Input(k) => ins[k].data.clone(),
-            Argument::Output(o) => poison(ty(o).dtype, ty(o).numel()),
+            Argument::Output(o) => Data::poison(ty(o).dtype, ty(o).numel()),
         })
         .collect();
     let before = args.clone();
@@ -173,19 +173,6 @@ pub fn all_ways(op: impl Into<Op>, ins: &[Tensor]) -> Vec<(&'static str, Vec<Ten
         (name, results.unwrap_or_else(|e| panic!("{} by {name}: {e}", op.text())))
     };
     std::iter::once(("eval", op.eval(&refs))).chain(runners.map(run)).collect()
-}
-
-/// Contents that no kernel should leave: NaN and -1.
-fn poison(dtype: DType, len: usize) -> Data {
-    match dtype {
-        DType::F32 => Data::F32(vec![f32::NAN; len]),
-        DType::F64 => Data::F64(vec![f64::NAN; len]),
-        DType::BF16 => Data::BF16(vec![u16::MAX; len]),
-        DType::I8 => Data::I8(vec![-1; len]),
-        DType::U8 => Data::U8(vec![u8::MAX; len]),
-        DType::I16 => Data::I16(vec![-1; len]),
-        DType::I32 => Data::I32(vec![-1; len]),
-    }
 }
 
 /// Equality of bits; NaNs are equal to NaNs whatever their payload.

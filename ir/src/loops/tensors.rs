@@ -3,7 +3,7 @@
 //! Argument count, element types and lengths agree with the kernel, checked once when the memory is made.
 
 use super::{Buf, Kernel, Memory, Role};
-use crate::{DType, Data};
+use crate::Data;
 
 #[derive(Clone, Copy, Debug)]
 enum Place {
@@ -30,7 +30,7 @@ impl<'a> Tensors<'a> {
         for b in &kernel.bufs {
             if b.role == Role::Scratch {
                 places.push(Place::Scratch(scratch.len()));
-                scratch.push(poison(b.dtype, b.len));
+                scratch.push(Data::poison(b.dtype, b.len));
                 continue;
             }
             let (name, found) = (&kernel.name, args.get(n).map(|a| (a.dtype(), a.len())));
@@ -54,18 +54,6 @@ impl<'a> Tensors<'a> {
             Place::Arg(n) => &mut self.args[n],
             Place::Scratch(n) => &mut self.scratch[n],
         }
-    }
-}
-
-fn poison(dtype: DType, len: usize) -> Data {
-    match dtype {
-        DType::F32 => Data::F32(vec![f32::NAN; len]),
-        DType::F64 => Data::F64(vec![f64::NAN; len]),
-        DType::BF16 => Data::BF16(vec![u16::MAX; len]),
-        DType::I8 => Data::I8(vec![-1; len]),
-        DType::U8 => Data::U8(vec![u8::MAX; len]),
-        DType::I16 => Data::I16(vec![-1; len]),
-        DType::I32 => Data::I32(vec![-1; len]),
     }
 }
 

@@ -4,7 +4,7 @@ use super::{
     Accuracy, Flops, InferError, OpDef,
     heads::{
         BLOCK, chains, chunks, clear, expect, operands, row_blocks, sample_between, sample_positions, sample_state,
-        split,
+        split, with_operand,
     },
 };
 use crate::{
@@ -184,11 +184,7 @@ impl OpDef for GatedDelta {
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let (op, ins) = Self::samples().remove(0);
-        let with = |k: usize, ty: Type| {
-            let mut ins = ins.clone();
-            ins[k] = ty;
-            (op.clone(), ins)
-        };
+        let with = with_operand;
         vec![
             with(Q, Type::f32(&[3, 7, 9])),
             with(K, Type::f32(&[3, 7, 12])),

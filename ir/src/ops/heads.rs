@@ -2,7 +2,7 @@
 //!
 //! Columns of activations `[R, T, H * K]` are ordered by head: column `h * K + k`.
 
-use super::InferError;
+use super::{InferError, OpDef};
 use crate::{
     Tensor, Type,
     loops::{Acc, Buf, Expr, f32c},
@@ -144,4 +144,11 @@ pub(super) fn sample_state(ty: &Type, scale: f32, random: &mut dyn FnMut() -> f3
 pub(super) fn sample_between(ty: &Type, lo: f32, hi: f32, random: &mut dyn FnMut() -> f32) -> Tensor {
     let data = (0..ty.numel()).map(|_| lo + (hi - lo) * 0.5 * (random() + 1.0));
     Tensor::f32(&ty.dims, data.collect())
+}
+
+/// The first sample of an operation with an operand of another type, for what it must refuse.
+pub(super) fn with_operand<O: OpDef>(k: usize, ty: Type) -> (O, Vec<Type>) {
+    let (op, mut ins) = O::samples().remove(0);
+    ins[k] = ty;
+    (op, ins)
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Axis, Flops, InferError, OpDef,
-    heads::{expect, expect_weight, operands, sample_positions},
+    heads::{expect, expect_weight, operands, sample_positions, with_operand},
 };
 use crate::{
     DType, Tensor, Type,
@@ -148,11 +148,7 @@ impl OpDef for ShortConv {
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let (op, ins) = Self::samples().remove(0);
-        let with = |k: usize, ty: Type| {
-            let mut ins = ins.clone();
-            ins[k] = ty;
-            (op.clone(), ins)
-        };
+        let with = with_operand;
         vec![
             with(0, Type::f32(&[11, 70])),
             with(1, Type::f32(&[70, 3])),

@@ -6,6 +6,7 @@ use super::{
     Accuracy, Axis, Flops, InferError, OpDef,
     heads::{
         chains, clear, dots, expect, expect_weight, operands, sample_between, sample_positions, sample_state, split,
+        with_operand,
     },
 };
 use crate::{
@@ -234,11 +235,7 @@ impl OpDef for TitansMemory {
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let (op, ins) = Self::samples().remove(0);
-        let with = |k: usize, ty: Type| {
-            let mut ins = ins.clone();
-            ins[k] = ty;
-            (op.clone(), ins)
-        };
+        let with = with_operand;
         vec![
             with(K, Type::f32(&[3, 11, 12])),
             with(ETA, Type::f32(&[3, 11, 1])),

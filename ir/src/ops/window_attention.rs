@@ -4,7 +4,7 @@ mod softmax;
 
 use super::{
     Accuracy, Axis, Flops, InferError, OpDef,
-    heads::{expect, expect_weight, operands, sample_positions, split},
+    heads::{expect, expect_weight, operands, sample_positions, split, with_operand},
 };
 use crate::{
     DType, Data, Tensor, Type,
@@ -254,11 +254,7 @@ impl OpDef for WindowAttention {
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let (op, ins) = Self::samples().remove(0);
-        let with = |k: usize, ty: Type| {
-            let mut ins = ins.clone();
-            ins[k] = ty;
-            (op.clone(), ins)
-        };
+        let with = with_operand;
         vec![
             with(0, Type::f32(&[3, 11, 11])),
             with(1, Type::f32(&[3, 11, 6])),

@@ -1,8 +1,7 @@
 //! Hand-written kernels: the portable emitter agrees with the interpreter bit for bit.
 
-use crate::support::check;
+use crate::support::{check, product};
 use chimera_ir::DType;
-use chimera_ir::loops::tile::Product;
 use chimera_ir::loops::{Acc, Bin, Builder, Cmp, Expr, Kernel, Mode, Role, Stmt, Ty, Un, f32c, f64c, i32c, int, math};
 
 fn un(op: Un, a: Expr) -> Expr {
@@ -275,15 +274,7 @@ fn tiled_products() {
         let y = b.buf("y", DType::F32, k * n + 1, Role::In);
         let s = b.scratch("sums", DType::F32, m * n);
         let z = b.buf("z", DType::F32, m * n, Role::Out);
-        Product {
-            m: m.into(),
-            n: n.into(),
-            k: k.into(),
-            a: &|_, i, l| Expr::load(x, i * k + l),
-            b: &|_, l, j| Expr::load(y, l * n + j),
-            init: None,
-        }
-        .emit(&mut b, &|b, i, j, v| b.store(s, i * n + j, v));
+        product(&mut b, [m, k, n], x, y, s);
         b.each(0, m, |b, i| {
             let top = b.reduce(0, n, |_, j| vec![Acc::Max(Expr::load(s, &i * n + j))]).remove(0);
             b.lanes(0, n, 2, |b, j| b.store(z, &i * n + &j, Expr::load(s, &i * n + j) - &top));

@@ -1,24 +1,16 @@
 //! Properties of the emitted code and of the choice of emitters.
 
+use crate::support::product;
 use chimera_codegen::{Allowed, CodegenError, Target, assemble, compile, disassemble, host};
 use chimera_ir::DType;
-use chimera_ir::loops::tile::Product;
 use chimera_ir::loops::{Builder, Expr, Kernel, Role, f32c, i32c};
 
-fn product(m: usize, k: usize, n: usize) -> Kernel {
+fn one_product(m: usize, k: usize, n: usize) -> Kernel {
     let mut b = Builder::new("product");
     let x = b.buf("x", DType::F32, m * k, Role::In);
     let y = b.buf("y", DType::F32, k * n, Role::In);
     let z = b.buf("z", DType::F32, m * n, Role::Out);
-    Product {
-        m: m.into(),
-        n: n.into(),
-        k: k.into(),
-        a: &|_, i, l| Expr::load(x, i * k + l),
-        b: &|_, l, j| Expr::load(y, l * n + j),
-        init: None,
-    }
-    .emit(&mut b, &|b, i, j, v| b.store(z, i * n + j, v));
+    one_product(&mut b, [m, k, n], x, y, z);
     b.finish()
 }
 
@@ -64,7 +56,7 @@ fn count(lines: &[&str], mnemonic: &str) -> usize {
 #[test]
 fn code_is_a_function_of_kernel_and_target() {
     for name in ["x86-64-v3", "x86-64-v4", "aarch64"] {
-        let kernels = [product(7, 5, 20), dots()];
+        let kernels = [one_product(7, 5, 20), dots()];
         let first = kernels.each_ref().map(|k| assemble(k, &target(name)).unwrap());
         let again = kernels.each_ref().map(|k| assemble(&k.clone(), &target(name)).unwrap());
         assert!(first.iter().all(|code| !code.is_empty()));
@@ -75,7 +67,7 @@ fn code_is_a_function_of_kernel_and_target() {
 /// A step of a tile of four rows and two vectors: sixteen lanes of 32 bits.
 #[test]
 fn the_inner_loop_of_a_tile_stays_in_registers() {
-    let text = disassemble(&product(8, 64, 64), &target("x86-64-v3")).unwrap();
+    let text = disassemble(&one_product(8, 64, 64), &target("x86-64-v3")).unwrap();
     let inner = innermost(&text);
     assert_eq!(count(&inner, "vfmadd231ps ymm"), 8, "{}", inner.join("\n"));
     assert_eq!(count(&inner, "rsp"), 0, "{}", inner.join("\n"));
@@ -105,19 +97,19 @@ fn a_target_without_fused_multiply_add_is_refused_with_the_reason() {
     if !avx.runs_on(&host()) {
         return;
     }
-    let module = compile(&[product(4, 4, 8), dots()], &avx, &Allowed::all()).unwrap();
+    let module = compile(&[one_product(4, 4, 8), dots()], &avx, &Allowed::all()).unwrap();
     let [first, second] = &module.kernels[..] else { panic!("two kernels") };
     assert_eq!((first.emitter, first.code_bytes), ("interp", 0));
     assert!(first.refusals[0].1.0.contains("lacks fma"));
     assert!(first.refusals[1].1.0.contains("fused multiply-add"));
     assert_eq!(second.emitter, "portable");
-    let error = compile(&[product(4, 4, 8)], &avx, &Allowed::parse("portable").unwrap()).unwrap_err();
+    let error = compile(&[one_product(4, 4, 8)], &avx, &Allowed::parse("portable").unwrap()).unwrap_err();
     assert!(error.to_string().contains("fused multiply-add"), "{error}");
 }
 
 #[test]
 fn emitters_are_chosen_by_name() {
-    let kernels = [product(4, 4, 8)];
+    let kernels = [one_product(4, 4, 8)];
     for name in ["interp", "portable", "wide"] {
         let module = compile(&kernels, &host(), &Allowed::parse(name).unwrap()).unwrap();
         assert_eq!(module.kernels[0].emitter, name);
@@ -147,7 +139,7 @@ fn an_ill_formed_kernel_is_an_error() {
 
 #[test]
 fn entries_outlive_their_module_and_run_on_many_threads() {
-    let kernels: Vec<Kernel> = (1..6).map(|n| product(n, 3, 9)).collect();
+    let kernels: Vec<Kernel> = (1..6).map(|n| one_product(n, 3, 9)).collect();
     let entries: Vec<_> = {
         let module = compile(&kernels, &host(), &Allowed::all()).unwrap();
         (0..kernels.len()).map(|n| module.entry(n).clone()).collect()

@@ -4,7 +4,18 @@
 
 use chimera_codegen::{Allowed, Target, compile};
 use chimera_ir::DType;
-use chimera_ir::loops::{Kernel, Role, verify};
+use chimera_ir::loops::tile::Product;
+use chimera_ir::loops::{Buf, Builder, Expr, Kernel, Role, verify};
+
+/// `to [m, n] = x [m, k] y [k, n]`.
+pub(crate) fn product(b: &mut Builder, [m, k, n]: [usize; 3], x: Buf, y: Buf, to: Buf) {
+    let (left, right) = (
+        |_: &mut Builder, i: &Expr, l: &Expr| Expr::load(x, i * k + l),
+        |_: &mut Builder, l: &Expr, j: &Expr| Expr::load(y, l * n + j),
+    );
+    let tiled = Product { m: m.into(), n: n.into(), k: k.into(), a: &left, b: &right, init: None };
+    tiled.emit(b, &|b, i, j, v| b.store(to, i * n + j, v));
+}
 
 /// A small deterministic generator of numbers.
 pub(crate) struct Random(pub(crate) u64);

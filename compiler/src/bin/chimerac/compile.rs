@@ -16,7 +16,7 @@ use clap::builder::FalseyValueParser;
 use serde::Serialize;
 
 use crate::input;
-use crate::options::{BuildArgs, Failure, ModelArgs};
+use crate::options::{CommonArgs, Failure};
 use crate::output::{note, print, print_json, replace};
 
 const EXAMPLES: &str = "Examples:
@@ -30,9 +30,7 @@ const EXAMPLES: &str = "Examples:
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    build: BuildArgs,
+    common: CommonArgs,
     /// Write the plan into this file
     #[arg(short, long, env = "CHIMERA_OUTPUT", value_name = "PLAN")]
     output: Option<PathBuf>,
@@ -45,9 +43,6 @@ pub(crate) struct Args {
     /// Write the graph of every stage into this folder
     #[arg(long, env = "CHIMERA_DUMP_PHASES", value_name = "DIR")]
     dump_phases: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
-    json: bool,
 }
 
 #[derive(Serialize)]
@@ -74,11 +69,11 @@ struct Stopped<'a> {
 /// Run the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let start = Instant::now();
-    let (name, loaded) = input::load(&args.model)?;
+    let (name, loaded) = input::load(&args.common.model)?;
     loaded.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
     let plan = match compiled(&loaded, args) {
         Ok(plan) => plan,
-        Err(Compiled::Stopped(stopped_after, text)) if args.json => {
+        Err(Compiled::Stopped(stopped_after, text)) if args.common.json => {
             return print_json(&Stopped { stopped_after: &stopped_after, text });
         }
         Err(Compiled::Stopped(_, text)) => return print(&text),
@@ -86,10 +81,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     };
     let compile_seconds = start.elapsed().as_secs_f64();
     let output = args.output.as_ref().map(|path| write(path, &plan, args.text)).transpose()?;
-    let iterations = args.build.iterations(&loaded.model);
+    let iterations = args.common.build.iterations(&loaded.model);
     let model = inspect::model(&name, &loaded, iterations);
     let report = Report { model, plan: inspect::summary(&plan), compile_seconds, output };
-    if args.json {
+    if args.common.json {
         return print_json(&report);
     }
     let mut out = format!("{}\n{}\ncompiled in {compile_seconds:.2} s\n", report.model, report.plan);
@@ -105,7 +100,7 @@ enum Compiled {
 }
 
 fn compiled(loaded: &Loaded, args: &Args) -> Result<Plan, Compiled> {
-    let mut options = args.build.options(&loaded.model).map_err(Compiled::Failed)?;
+    let mut options = args.common.build.options(&loaded.model).map_err(Compiled::Failed)?;
     options.stop_after = args.stop_after.clone();
     options.dump = args.dump_phases.clone();
     match chimera_compiler::compile(&loaded.model, &options) {

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::compile::check;
 use crate::input::{self, Input};
-use crate::options::{BuildArgs, Failure, ModelArgs};
+use crate::options::{CommonArgs, Failure};
 use crate::output::{note, print, print_json};
 
 const EXAMPLES: &str = "Examples:
@@ -62,9 +62,7 @@ impl Section {
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    build: BuildArgs,
+    common: CommonArgs,
     /// Sections to show, separated by commas
     #[arg(long, env = "CHIMERA_SECTION", value_enum, value_delimiter = ',', default_value = "summary")]
     section: Vec<Section>,
@@ -80,9 +78,6 @@ pub(crate) struct Args {
     /// Show everything: all buffers of the memory map, kernels as kernel IR
     #[arg(short, long, env = "CHIMERA_VERBOSE", value_parser = FalseyValueParser::new())]
     verbose: bool,
-    /// Print JSON
-    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
-    json: bool,
 }
 
 /// What there is to look at.
@@ -99,7 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return asm(&subject.plan, kernel, args);
     }
     if let Some(name) = &args.dot {
-        return dot(&subject.plan, name, args.json);
+        return dot(&subject.plan, name, args.common.json);
     }
     if let Some(name) = &args.entry {
         entry(&subject.plan, name)?;
@@ -113,11 +108,11 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn subject(args: &Args) -> Result<Subject, Failure> {
-    match input::read(&args.model)? {
+    match input::read(&args.common.model)? {
         Input::Plan(plan) => Ok(Subject { model: None, graphs: None, plan: *plan }),
         Input::Model(name, loaded) => {
             loaded.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
-            let options = args.build.options(&loaded.model)?;
+            let options = args.common.build.options(&loaded.model)?;
             let mut stages = inspect::Stages::default();
             let plan = compile_observed(&loaded.model, &options, &mut |stage, entry, g| stages.see(stage, entry, g))?;
             check(&plan)?;
@@ -136,7 +131,7 @@ fn entry<'a>(plan: &'a Plan, name: &str) -> Result<&'a Entry, Failure> {
 
 /// The target that was asked for, else that of the plan.
 fn target(plan: &Plan, args: &Args) -> Result<Target, Failure> {
-    match args.build.target {
+    match args.common.build.target {
         Some(target) => Ok(target),
         None => plan.target.parse().map_err(|e| Failure::corrupted(format!("the target of the plan: {e}"))),
     }
@@ -146,7 +141,7 @@ fn asm(plan: &Plan, wanted: &str, args: &Args) -> Result<(), Failure> {
     let target = target(plan, args)?;
     let kernel = inspect::find_kernel(plan, wanted).map_err(|e| Failure::usage(e.to_string()))?;
     let text = disassemble(kernel, &target).map_err(|e| Failure::new(e.to_string()))?;
-    match args.json {
+    match args.common.json {
         true => print_json(&json!({ "kernel": kernel.name, "target": target.to_string(), "text": text })),
         false => print(&text),
     }
@@ -191,7 +186,7 @@ fn sections(subject: &Subject, args: &Args) -> Result<(), Failure> {
         let name = section.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
         values.insert(name, value);
     }
-    match args.json {
+    match args.common.json {
         true => print_json(&values),
         false => print(&text),
     }
@@ -205,7 +200,7 @@ fn report(subject: &Subject, section: Section, args: &Args) -> Result<(String, V
             let Some((name, loaded)) = &subject.model else {
                 return Ok((text, json!({ "plan": value })));
             };
-            let model = inspect::model(name, loaded, args.build.iterations(&loaded.model));
+            let model = inspect::model(name, loaded, args.common.build.iterations(&loaded.model));
             let (model_text, model) = both(&model, verbose)?;
             Ok((format!("{model_text}\n{text}"), json!({ "model": model, "plan": value })))
         }

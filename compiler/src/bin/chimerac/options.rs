@@ -267,6 +267,18 @@ pub(crate) struct BuildArgs {
     pub(crate) max_rewrites: u64,
 }
 
+/// What every command about one model takes.
+#[derive(clap::Args, Debug)]
+pub(crate) struct CommonArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) build: BuildArgs,
+    /// Print JSON
+    #[arg(long, env = "CHIMERA_JSON", value_parser = FalseyValueParser::new())]
+    pub(crate) json: bool,
+}
+
 fn number(text: &str, fits: impl Fn(f32) -> bool, expected: &str) -> Result<f32, String> {
     let value = text.parse().ok().filter(|x: &f32| x.is_finite() && fits(*x));
     value.ok_or_else(|| format!("expected {expected}"))
