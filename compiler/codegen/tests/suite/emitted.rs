@@ -10,7 +10,7 @@ fn one_product(m: usize, k: usize, n: usize) -> Kernel {
     let x = b.buf("x", DType::F32, m * k, Role::In);
     let y = b.buf("y", DType::F32, k * n, Role::In);
     let z = b.buf("z", DType::F32, m * n, Role::Out);
-    one_product(&mut b, [m, k, n], x, y, z);
+    product(&mut b, [m, k, n], x, y, z);
     b.finish()
 }
 
