@@ -238,8 +238,10 @@ fn bisect(
     depth: usize,
     threshold: Var,
 ) -> Expr {
-    let at_least =
-        |cx: &mut Lower<'_>, x: &Expr| cx.sum(0, count, |_, i| x.clone().le(Expr::load(bufs.gain, i)).cast(Ty::I32));
+    let at_least = |cx: &mut Lower<'_>, x: &Expr| {
+        let below = cx.bind(x - i32c(1));
+        cx.sum(0, count, |_, i| below.clone().lt(Expr::load(bufs.gain, i)).cast(Ty::I32))
+    };
     let high = cx.local(greatest);
     cx.set(threshold, i32c(1));
     cx.each(0, depth, |cx, _| {

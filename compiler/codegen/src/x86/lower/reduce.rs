@@ -5,7 +5,7 @@
 use chimera_ir::loops::{Acc, Bin, Expr, STRIPES, Stmt, Ty, Var};
 
 use super::super::build::NEW;
-use super::super::flat::{Base, Class, Cond, IntArg, IntOp, Mem, Op, Reg, Size, VecArg, Width};
+use super::super::flat::{Base, Class, Cond, IntArg, IntOp, Mem, Op, Reg, Size, VecArg, VecOp, Width};
 use super::lanes::{least, zero};
 use super::scalar::vec_op;
 use super::{Bound, Lower, Slot, class, scalar_width, size};
@@ -118,6 +118,14 @@ impl Lower<'_> {
 
     /// One step of all stripes.
     fn accumulate(&mut self, s: &Striped, acc: &Acc) {
+        if let (Acc::Sum(Expr::Cast(Ty::I32, flag)), Some(w)) = (acc, s.w)
+            && self.kernel.ty(flag) == Ty::Bool
+        {
+            // A mask is minus one where the flag is one.
+            let mask = self.vector(flag)[0];
+            let op = VecOp::SubI32;
+            return self.b.push(Op::Vec { op, w, d: s.parts[0], a: s.parts[0], b: VecArg::Reg(mask) });
+        }
         let mut all = |e: &Expr| -> Vec<Reg> {
             if s.w.is_some() {
                 return self.vector(e);
