@@ -84,8 +84,6 @@ fn flag(cond: Cond) -> Flag {
         Cond::Ne => Flag::Ne,
         Cond::Lt => Flag::L,
         Cond::Le => Flag::Le,
-        Cond::Gt => Flag::G,
-        Cond::Ge => Flag::Ge,
     }
 }
 

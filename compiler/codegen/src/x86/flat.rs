@@ -3,7 +3,11 @@
 //! A function is a tree of operations, loops and branches. A register may be assigned more than once; it is never read before it was
 //! assigned on every path. Builders say how wide a value is, never which instruction set encodes it.
 
+mod access;
+
 use std::collections::HashMap;
+
+pub(super) use access::Access;
 
 /// A virtual register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -108,8 +112,6 @@ pub(super) enum Cond {
     Ne,
     Lt,
     Le,
-    Gt,
-    Ge,
 }
 
 /// What a narrow load widens.
@@ -139,15 +141,11 @@ pub(super) enum VecOp {
     MinF64,
     MaxF64,
     And,
-    /// `!a & b`.
-    AndNot,
     Or,
     Xor,
     AddI16,
     AddI32,
-    AddI64,
     SubI32,
-    SubI64,
     MulI32,
     MinI32,
     MaxI32,
@@ -155,8 +153,6 @@ pub(super) enum VecOp {
     MulEvenU32,
     EqI32,
     GtI32,
-    EqI64,
-    GtI64,
     /// Sums of two neighbouring products of unsigned bytes of `a` and signed bytes of `b`, 16 bits, saturating.
     MulAddU8I8,
     /// Sums of two neighbouring products of 16 bits, 32 bits.
@@ -167,8 +163,6 @@ pub(super) enum VecOp {
     SarI32,
     /// Bytes of `a` chosen by `b` within each 128 bits.
     ShuffleBytes,
-    /// 32-bit lanes of `b` chosen by the lane numbers in `a`, across the register (`Y` and wider).
-    PermuteI32,
     /// The even 32-bit lanes of `a`, then of `b`, within each 128 bits.
     EvenI32,
 }
@@ -197,8 +191,6 @@ pub(super) enum VecUn {
     I32FromF64,
     /// 32-bit lane `[1]` for every pair of lanes: the odd lanes moved to the even ones.
     OddToEven,
-    /// The lower half of the lanes, signed, to 64 bits.
-    I64FromI32,
 }
 
 /// Shifts by a constant.
@@ -207,9 +199,7 @@ pub(super) enum ShiftOp {
     ShlI32,
     ShrI32,
     SarI32,
-    ShlI64,
     ShrI64,
-    ShrI16,
 }
 
 /// Ordered float comparisons, except that `Ne` is true for NaN.
@@ -495,10 +485,6 @@ impl Function {
         Reg(self.classes.len() as u32 - 1)
     }
 
-    pub(super) fn class(&self, r: Reg) -> Class {
-        self.classes[r.0 as usize]
-    }
-
     /// A constant in memory.
     pub(super) fn constant(&mut self, bytes: [u8; 64]) -> Mem {
         let next = self.pool.len() as u32;
@@ -514,146 +500,5 @@ impl Function {
         let at = self.frame;
         self.frame += (bytes + 63) / 64 * 64;
         at
-    }
-}
-
-/// How an operation touches a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
-    Read,
-    Write,
-}
-
-impl Mem {
-    fn each(&mut self, f: &mut dyn FnMut(&mut Reg, Access)) {
-        if let Base::Reg(r) = &mut self.base {
-            f(r, Access::Read);
-        }
-        if let Some((r, _)) = &mut self.index {
-            f(r, Access::Read);
-        }
-    }
-}
-
-impl IntArg {
-    pub(super) fn each(&mut self, f: &mut dyn FnMut(&mut Reg, Access)) {
-        if let IntArg::Reg(r) = self {
-            f(r, Access::Read);
-        }
-    }
-}
-
-impl VecArg {
-    fn each(&mut self, f: &mut dyn FnMut(&mut Reg, Access)) {
-        match self {
-            VecArg::Reg(r) => f(r, Access::Read),
-            VecArg::Mem(m) => m.each(f),
-        }
-    }
-}
-
-impl Op {
-    /// Every register of the operation: those that are read first, then those that are assigned. A scratch register counts as assigned.
-    pub(super) fn each_reg(&mut self, f: &mut dyn FnMut(&mut Reg, Access)) {
-        use Access::{Read, Write};
-        match self {
-            Op::Imm { d, .. } | Op::VecZero { d } => f(d, Write),
-            Op::IntMove { d, s }
-            | Op::Popcnt { d, s }
-            | Op::Extend { d, s, .. }
-            | Op::VecFromInt { d, s, .. }
-            | Op::IntFromVec { d, s, .. }
-            | Op::FloatFromI64 { d, s, .. }
-            | Op::I64FromFloat { d, s, .. }
-            | Op::VecMove { d, s }
-            | Op::UpperHalf { d, s, .. }
-            | Op::Pick { d, s, .. } => {
-                f(s, Read);
-                f(d, Write);
-            }
-            Op::Int { d, a, b, .. } | Op::SetCond { d, a, b, .. } => {
-                f(a, Read);
-                b.each(f);
-                f(d, Write);
-            }
-            Op::Lea { d, m } | Op::IntLoad { d, m, .. } | Op::VecLoad { d, m, .. } | Op::Widen { d, m, .. } => {
-                m.each(f);
-                f(d, Write);
-            }
-            Op::IntStore { m, s, .. } | Op::VecStore { m, s, .. } => {
-                m.each(f);
-                f(s, Read);
-            }
-            Op::Choose { d, c, a, b } => {
-                [c, a, b].into_iter().for_each(|r| f(r, Read));
-                f(d, Write);
-            }
-            Op::Divide { d, a, b, .. } => {
-                f(a, Read);
-                f(b, Read);
-                f(d, Write);
-            }
-            Op::Broadcast { d, s, .. } | Op::Un { d, s, .. } => {
-                s.each(f);
-                f(d, Write);
-            }
-            Op::NarrowStore { m, s, t, .. } => {
-                m.each(f);
-                f(s, Read);
-                f(t, Write);
-            }
-            Op::Vec { d, a, b, .. } | Op::Compare { d, a, b, .. } => {
-                f(a, Read);
-                b.each(f);
-                f(d, Write);
-            }
-            Op::Shift { d, a, .. } => {
-                f(a, Read);
-                f(d, Write);
-            }
-            Op::Fma { d, a, b, c, .. } => {
-                [a, b, c].into_iter().for_each(|x| x.each(f));
-                f(d, Write);
-            }
-            Op::Dot { d, c, a, b, .. } => {
-                f(c, Read);
-                f(a, Read);
-                b.each(f);
-                f(d, Write);
-            }
-            Op::Blend { d, mask, a, b, .. } => {
-                [mask, a, b].into_iter().for_each(|r| f(r, Read));
-                f(d, Write);
-            }
-            Op::Join { d, low, high, .. } => {
-                f(low, Read);
-                f(high, Read);
-                f(d, Write);
-            }
-            Op::Insert { d, a, m, .. } => {
-                f(a, Read);
-                m.each(f);
-                f(d, Write);
-            }
-            Op::InsertInt { d, a, s, .. } => {
-                f(a, Read);
-                f(s, Read);
-                f(d, Write);
-            }
-            Op::Prefetch { m } => m.each(f),
-        }
-    }
-}
-
-impl Op {
-    /// Whether a vector operand is memory that may change.
-    pub(super) fn reads_memory(&self) -> bool {
-        let changes = |x: &VecArg| matches!(x, VecArg::Mem(m) if !matches!(m.base, Base::Pool(_)));
-        match self {
-            Op::Broadcast { s, .. } | Op::Un { s, .. } => changes(s),
-            Op::Vec { b, .. } | Op::Compare { b, .. } | Op::Dot { b, .. } => changes(b),
-            Op::Fma { a, b, c, .. } => [a, b, c].into_iter().any(changes),
-            _ => false,
-        }
     }
 }

@@ -58,29 +58,23 @@ fn binary(op: VecOp, w: Width) -> Inst {
         DivF64 => float(0x5e, true),
         MaxF64 => float(0x5f, true),
         And => inst(1, P66, 0xdb),
-        AndNot => inst(1, P66, 0xdf),
         Or => inst(1, P66, 0xeb),
         Xor => XOR,
         AddI16 => inst(1, P66, 0xfd),
         AddI32 => inst(1, P66, 0xfe),
-        AddI64 => inst(1, P66, 0xd4).wide(true),
         SubI32 => inst(1, P66, 0xfa),
-        SubI64 => inst(1, P66, 0xfb).wide(true),
         MulI32 => inst(2, P66, 0x40),
         MinI32 => inst(2, P66, 0x39),
         MaxI32 => inst(2, P66, 0x3d),
         MulEvenU32 => inst(1, P66, 0xf4).wide(true),
         EqI32 => inst(1, P66, 0x76),
         GtI32 => inst(1, P66, 0x66),
-        EqI64 => inst(2, P66, 0x29).wide(true),
-        GtI64 => inst(2, P66, 0x37).wide(true),
         MulAddU8I8 => inst(2, P66, 0x04),
         MulAddI16 => inst(1, P66, 0xf5),
         ShlI32 => inst(2, P66, 0x47),
         ShrI32 => inst(2, P66, 0x45),
         SarI32 => inst(2, P66, 0x46),
         ShuffleBytes => inst(2, P66, 0x00),
-        PermuteI32 => inst(2, P66, 0x36),
         EvenI32 => inst(1, NP, 0xc6),
     }
 }
@@ -91,7 +85,7 @@ fn unary(op: VecUn, w: Width) -> (Inst, Option<u8>, bool) {
     let lane = match op {
         SqrtF32 | FloorF32 | NearestF32 => w == Width::S,
         SqrtF64 | FloorF64 | NearestF64 | F64FromF32 | F32FromF64 => w == Width::D,
-        F32FromI32 | I32FromF32 | F64FromI32 | I32FromF64 | OddToEven | I64FromI32 => false,
+        F32FromI32 | I32FromF32 | F64FromI32 | I32FromF64 | OddToEven => false,
     };
     let (ps, pd, ss, sd) = (inst(3, P66, 0x08), inst(3, P66, 0x09), inst(3, P66, 0x0a), inst(3, P66, 0x0b));
     // Towards minus infinity and to nearest, both without exceptions.
@@ -111,7 +105,6 @@ fn unary(op: VecUn, w: Width) -> (Inst, Option<u8>, bool) {
         F64FromI32 => (inst(1, PF3, 0xe6).unit(Unit::Half), None),
         I32FromF64 => (inst(1, P66, 0xe6).wide(true), None),
         OddToEven => (inst(1, PF3, 0x16), None),
-        I64FromI32 => (inst(2, P66, 0x25).unit(Unit::Half), None),
     };
     (inst, imm, lane)
 }
@@ -183,15 +176,11 @@ pub(super) fn op(e: &mut Emit, op: &Op) -> Result<(), String> {
         }
         Op::Widen { w, d, m, narrow } => widen(e, w, d, m, narrow)?,
         Op::NarrowStore { w, m, s, t, bytes } => narrow_store(e, w, m, s, t, bytes)?,
-        Op::Vec { op: VecOp::PermuteI32, w, .. } if w < Width::Y => {
-            return Err(format!("{op:?} is narrower than 256 bits: use Pick or ShuffleBytes"));
-        }
         Op::Vec { op, w, d, a, b } => {
             let (r, a, b) = (e.made(d), e.vec(a, 1), e.arg(b)?);
             let imm = (op == VecOp::EvenI32).then_some(0x88);
             match op {
                 VecOp::EqI32 | VecOp::GtI32 => e.mask(binary(op, w), w, r, a, b, imm, false),
-                VecOp::EqI64 | VecOp::GtI64 => e.mask(binary(op, w), w, r, a, b, imm, true),
                 _ => e.put(binary(op, w), w, r, a, b, imm),
             }
             e.done(d);
@@ -203,9 +192,7 @@ pub(super) fn op(e: &mut Emit, op: &Op) -> Result<(), String> {
                 ShiftOp::ShlI32 => (0x72, 6, false),
                 ShiftOp::ShrI32 => (0x72, 2, false),
                 ShiftOp::SarI32 => (0x72, 4, false),
-                ShiftOp::ShlI64 => (0x73, 6, true),
                 ShiftOp::ShrI64 => (0x73, 2, true),
-                ShiftOp::ShrI16 => (0x71, 2, false),
             };
             e.put(inst(1, P66, code).wide(wide), w, which, r, Rm::Reg(a), Some(n));
             e.done(d);
@@ -311,8 +298,8 @@ fn un(e: &mut Emit, op: VecUn, w: Width, d: Reg, s: VecArg) -> Result<(), String
     let r = e.made(d);
     let from = match s {
         VecArg::Mem(m) if w < Width::X => {
-            use VecUn::{F64FromF32, F64FromI32, I64FromI32};
-            let half = w == Width::D && matches!(op, F64FromF32 | F64FromI32 | I64FromI32);
+            use VecUn::{F64FromF32, F64FromI32};
+            let half = w == Width::D && matches!(op, F64FromF32 | F64FromI32);
             let m = e.mem(m)?;
             e.load(if half { Width::S } else { w }, r, m);
             Rm::Reg(r)

@@ -284,7 +284,7 @@ impl Lower<'_> {
             (Ty::F32, Ty::F64) => self.b.pure(Class::Vec, un(VecUn::F64FromF32, Width::D)),
             (Ty::F64, Ty::F32) => self.b.pure(Class::Vec, un(VecUn::F32FromF64, Width::D)),
             (Ty::F32, Ty::I32) => {
-                let s = self.to_i32(Width::S, x);
+                let s = self.saturate(Width::S, x);
                 self.b.pure(Class::Int, Op::IntFromVec { size: Size::W32, d: NEW, s })
             }
             (Ty::F64, Ty::I32) => {
@@ -330,7 +330,7 @@ impl Lower<'_> {
     }
 
     /// `F32` to `I32` in all lanes, saturating, NaN to 0.
-    pub(super) fn to_i32(&mut self, w: Width, x: Reg) -> Reg {
+    pub(super) fn saturate(&mut self, w: Width, x: Reg) -> Reg {
         let raw = self.b.pure(Class::Vec, Op::Un { op: VecUn::I32FromF32, w, d: NEW, s: VecArg::Reg(x) });
         let limit = self.b.splat32((2f32.powi(31)).to_bits());
         let limit = self.b.in_reg(w, VecArg::Mem(limit));

@@ -56,11 +56,12 @@ impl Lower<'_> {
             Expr::F32(x) => return vec![VecArg::Mem(self.b.splat32(x.to_bits()))],
             Expr::F64(x) => return vec![VecArg::Mem(self.b.splat64(x.to_bits()))],
             Expr::I32(x) => return vec![VecArg::Mem(self.b.splat32(*x as u32))],
-            Expr::Load(b, i) if matches!(self.dtype(*b), DType::F32 | DType::I32 | DType::F64) => {
-                if self.shape(i) == Shape::Affine(1) {
-                    let size = self.dtype(*b).size();
-                    return self.neighbours(*b, i, size);
-                }
+            Expr::Load(b, i)
+                if matches!(self.dtype(*b), DType::F32 | DType::I32 | DType::F64)
+                    && self.shape(i) == Shape::Affine(1) =>
+            {
+                let size = self.dtype(*b).size();
+                return self.neighbours(*b, i, size);
             }
             Expr::Word(b, i) if self.shape(i) == Shape::Affine(1) => return self.neighbours(*b, i, 4),
             _ => {}
@@ -416,7 +417,7 @@ impl Lower<'_> {
             }
             (Ty::F32, Ty::I32) => {
                 let xs = self.eval(a);
-                xs.into_iter().map(|x| self.to_i32(w, x)).collect()
+                xs.into_iter().map(|x| self.saturate(w, x)).collect()
             }
             (Ty::I32, Ty::F32) => {
                 let xs = self.args(a);

@@ -33,7 +33,6 @@ fn binary(op: VecOp, a: &[u8], b: &[u8]) -> Option<(Vec<u8>, Kind)> {
         MinF64 => f64(&|x, y| if x < y { x } else { y }),
         MaxF64 => f64(&|x, y| if x > y { x } else { y }),
         And => i32(&|x, y| x & y),
-        AndNot => i32(&|x, y| !x & y),
         Or => i32(&|x, y| x | y),
         Xor => i32(&|x, y| x ^ y),
         AddI16 => {
@@ -50,11 +49,7 @@ fn binary(op: VecOp, a: &[u8], b: &[u8]) -> Option<(Vec<u8>, Kind)> {
         ShlI32 => i32(&|x, y| if y as u32 > 31 { 0 } else { x << y }),
         ShrI32 => i32(&|x, y| if y as u32 > 31 { 0 } else { (x as u32 >> y) as i32 }),
         SarI32 => i32(&|x, y| x >> (y as u32).min(31)),
-        AddI64 => i64(&|x, y| x.wrapping_add(y)),
-        SubI64 => i64(&|x, y| x.wrapping_sub(y)),
         MulEvenU32 => i64(&|x, y| (u64::from(x as u32) * u64::from(y as u32)) as i64),
-        EqI64 => i64(&|x, y| -i64::from(x == y)),
-        GtI64 => i64(&|x, y| -i64::from(x > y)),
         MulAddU8I8 => {
             let pairs = a.chunks_exact(2).zip(b.chunks_exact(2));
             let sum = |(x, y): (&[u8], &[u8])| {
@@ -71,11 +66,6 @@ fn binary(op: VecOp, a: &[u8], b: &[u8]) -> Option<(Vec<u8>, Kind)> {
             let one = |n: usize| if b[n] & 0x80 != 0 { 0 } else { a[n / 16 * 16 + usize::from(b[n] & 15)] };
             ((0..a.len()).map(one).collect(), Kind::Bits)
         }),
-        PermuteI32 => (a.len() >= 32).then(|| {
-            let (a, b) = (i32s(a), i32s(b));
-            let picked: Vec<i32> = a.iter().map(|&x| b[x as usize % b.len()]).collect();
-            (join(picked, i32::to_le_bytes), Kind::Bits)
-        }),
         EvenI32 => whole.then(|| {
             let (a, b) = (i32s(a), i32s(b));
             let one = |n: usize| match n % 4 {
@@ -87,7 +77,7 @@ fn binary(op: VecOp, a: &[u8], b: &[u8]) -> Option<(Vec<u8>, Kind)> {
     }
 }
 
-const BINARY: [VecOp; 37] = {
+const BINARY: [VecOp; 31] = {
     use VecOp::*;
     [
         AddF32,
@@ -103,29 +93,23 @@ const BINARY: [VecOp; 37] = {
         MinF64,
         MaxF64,
         And,
-        AndNot,
         Or,
         Xor,
         AddI16,
         AddI32,
-        AddI64,
         SubI32,
-        SubI64,
         MulI32,
         MinI32,
         MaxI32,
         MulEvenU32,
         EqI32,
         GtI32,
-        EqI64,
-        GtI64,
         MulAddU8I8,
         MulAddI16,
         ShlI32,
         ShrI32,
         SarI32,
         ShuffleBytes,
-        PermuteI32,
         EvenI32,
     ]
 };
@@ -198,7 +182,6 @@ fn unary(op: VecUn, w: Width, s: &[u8]) -> Option<(Vec<u8>, Kind)> {
             let lanes = i32s(&s[..n]);
             (join((0..lanes.len()).map(|k| lanes[k | 1]), i32::to_le_bytes), Kind::Bits)
         }),
-        I64FromI32 => (n >= 8).then(|| (join(i32s(&s[..n / 2]), |x| i64::from(x).to_le_bytes()), Kind::Bits)),
     }
 }
 
@@ -208,7 +191,7 @@ fn unary_operations() {
     let mut numbers = Numbers(11);
     let ops = [
         SqrtF32, SqrtF64, FloorF32, FloorF64, NearestF32, NearestF64, F32FromI32, I32FromF32, F64FromF32, F32FromF64,
-        F64FromI32, I32FromF64, OddToEven, I64FromI32,
+        F64FromI32, I32FromF64, OddToEven,
     ];
     for target in targets() {
         for op in ops {
@@ -216,7 +199,7 @@ fn unary_operations() {
                 let inputs = [0; 3].map(|_| match op {
                     SqrtF32 | FloorF32 | NearestF32 | I32FromF32 | F64FromF32 => floats(&mut numbers),
                     SqrtF64 | FloorF64 | NearestF64 | F32FromF64 | I32FromF64 => doubles(&mut numbers),
-                    F32FromI32 | F64FromI32 | OddToEven | I64FromI32 => bits(&mut numbers),
+                    F32FromI32 | F64FromI32 | OddToEven => bits(&mut numbers),
                 });
                 let Some((expected, kind)) = unary(op, w, &inputs[0]) else { continue };
                 one(&target, w, &inputs, kind, &expected, &|d, [s, ..], _| Op::Un { op, w, d, s: VecArg::Reg(s) });

@@ -107,7 +107,7 @@ fn branches_merge() {
             let other = vec![Node::Branch(Box::new(inner))];
             let outer = Branch { cond: Cond::Lt, size: Size::W64, a: p, b: IntArg::Reg(q), then: set(1), other };
             b.nodes.push(Node::Branch(Box::new(outer)));
-            let only = Branch { cond: Cond::Ge, size: Size::W32, a: p, b: imm(0), then: vec![], other: vec![] };
+            let only = Branch { cond: Cond::Ne, size: Size::W32, a: p, b: imm(0), then: vec![], other: vec![] };
             b.nodes.push(Node::Branch(Box::new(only)));
             let m = b.output(0);
             b.op(Op::IntStore { m, s: d, bytes: 8 });
@@ -334,7 +334,7 @@ fn what_cannot_be_encoded_is_refused() {
     assert!(message(&mut busy(Width::Y, true), "x86-64-v3").contains("dot products"));
     let mut b = Build::new();
     let (x, m) = (b.int(), b.output(0));
-    assert_eq!(b.f.class(x), Class::Int);
+    assert_eq!(b.f.classes[x.0 as usize], Class::Int);
     b.op(Op::IntStore { m, s: x, bytes: 8 });
     b.f.body = b.nodes;
     assert!(message(&mut b.f, "x86-64-v3").contains("read before it is assigned"));

@@ -9,7 +9,7 @@ const INTS: [IntOp; 11] = {
     use IntOp::*;
     [Add, Sub, Mul, And, Or, Xor, Min, Max, Shl, Shr, Sar]
 };
-const CONDS: [Cond; 6] = [Cond::Eq, Cond::Ne, Cond::Lt, Cond::Le, Cond::Gt, Cond::Ge];
+const CONDS: [Cond; 4] = [Cond::Eq, Cond::Ne, Cond::Lt, Cond::Le];
 
 /// Registers of both classes, and eight numbers in the frame.
 struct State {
@@ -25,8 +25,6 @@ fn holds(cond: Cond, size: Size, a: i64, b: i64) -> bool {
         Cond::Ne => a != b,
         Cond::Lt => a < b,
         Cond::Le => a <= b,
-        Cond::Gt => a > b,
-        Cond::Ge => a >= b,
     }
 }
 
@@ -200,7 +198,7 @@ impl Writer {
         if new {
             (d, v) = (b.int(), b.vec());
         }
-        let (size, arg, cond) = (self.size(), self.arg(), CONDS[self.numbers.below(6)]);
+        let (size, arg, cond) = (self.size(), self.arg(), CONDS[self.numbers.below(CONDS.len())]);
         let op = match self.numbers.below(24) {
             0 => Op::Imm { d, x: self.numbers.next() as i64 >> self.numbers.below(64) },
             1 => Op::IntMove { d, s },
@@ -273,7 +271,7 @@ impl Writer {
                     out.push(Node::Loop(Box::new(Loop { counter, step: 3, end, guard, body })));
                 }
                 1 if depth < 4 => {
-                    let (cond, size, a, arg) = (CONDS[self.numbers.below(6)], self.size(), self.int(), self.arg());
+                    let (cond, size, a, arg) = (CONDS[self.numbers.below(CONDS.len())], self.size(), self.int(), self.arg());
                     let then = self.block(b, depth + 1);
                     let other = if self.numbers.below(2) == 0 { self.block(b, depth + 1) } else { vec![] };
                     out.push(Node::Branch(Box::new(Branch { cond, size, a, b: arg, then, other })));
@@ -332,7 +330,7 @@ fn random_programs_compute_what_their_trees_say() {
         w.ints.truncate(w.ints.len().div_ceil(3));
         w.vecs.truncate(w.vecs.len().div_ceil(3));
         for (n, &r) in w.ints.iter().enumerate() {
-            assert_eq!(b.f.class(r), Class::Int);
+            assert_eq!(b.f.classes[r.0 as usize], Class::Int);
             let m = b.output(8 * n as i32);
             b.op(Op::IntStore { m, s: r, bytes: 8 });
         }
