@@ -5,7 +5,7 @@
 use super::{InferError, OpDef};
 use crate::{
     Tensor, Type,
-    loops::{Acc, Buf, Expr, f32c},
+    loops::{Acc, Buf, Expr, f32c, math},
     lower::Lower,
 };
 
@@ -52,6 +52,17 @@ pub(super) fn split(
         [r, t, c] if *ty == Type::f32(&[r, t, c]) && heads > 0 && c.is_multiple_of(heads) => Ok((r, t, c / heads)),
         _ => Err(InferError::new(op, format!("{what} is {ty}, expected f32[rows, tokens, {heads} heads * size]"))),
     }
+}
+
+/// Weights below this power of e are zero.
+const FADED: f32 = -60.0;
+
+/// `e^x` of what a token or a state weighs relative to another one; 0 where it has faded. What such a weight multiplies is then never so
+/// small that the processor has to normalise it.
+pub(super) fn fade(cx: &mut Lower<'_>, x: Expr) -> Expr {
+    let x = cx.bind(x);
+    let e = math::exp(cx, &x);
+    f32c(FADED).lt(x).select(e, f32c(0.0))
 }
 
 /// Vectors of lanes worth interleaving over `n` contiguous columns when every lane is one chain of multiply-adds.

@@ -3,7 +3,7 @@
 use super::{
     Accuracy, Flops, InferError, OpDef,
     heads::{
-        BLOCK, NEG, chains, chunks, clear, expect, operands, row_blocks, sample_between, sample_positions,
+        BLOCK, NEG, chains, chunks, clear, expect, fade, operands, row_blocks, sample_between, sample_positions,
         sample_state, split, with_operand,
     },
 };
@@ -289,8 +289,9 @@ impl Frame {
         let kept = cx.bind(lf + self.m);
         let input = cx.bind(Expr::load(i, gate));
         let next = cx.bind(kept.clone().max(&input));
-        let keep = math::exp(cx, kept - &next);
-        let add = math::exp(cx, input - &next);
+        let keep = fade(cx, kept - &next);
+        let add = fade(cx, input - &next);
+        let (keep, add) = (cx.bind(keep), cx.bind(add));
         let limit = math::exp(cx, -next.clone());
         cx.set(self.m, next);
         cx.lanes(0, k_n, 2, |cx, x| {
@@ -352,11 +353,11 @@ impl Frame {
             let inter = cx.bind(doc.clone().eq(i32c(0)).select(&b + self.m, f32c(NEG)));
             let mt = cx.bind(inter.clone().max(most));
             cx.store(sc.mt, &i, &mt);
-            let wi = math::exp(cx, inter - &mt);
+            let wi = fade(cx, inter - &mt);
             cx.store(sc.wi, &i, wi);
             let row = cx.bind(&i * sc.ld);
             cx.lanes(0, &i + 1, 2, |cx, j| {
-                let e = math::exp(cx, exponent(&j) - &mt);
+                let e = fade(cx, exponent(&j) - &mt);
                 cx.store(sc.e, &row + &j, same(&j).select(e, f32c(0.0)));
             });
             cx.lanes(i + 1, n, 2, |cx, j| cx.store(sc.e, &row + j, f32c(0.0)));
