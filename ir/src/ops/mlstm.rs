@@ -250,9 +250,9 @@ struct Scratch {
     wi: Buf,
     /// Stabiliser at a token.
     mt: Buf,
-    /// Denominator at a token.
+    /// The least denominator at a token, then the denominator.
     den: Buf,
-    /// Weight of token `j` at token `i`; 0 where `j > i`.
+    /// Weight of token `j` at token `i`; 0 where `j > i`, and undefined behind the block of `i`.
     e: Buf,
     /// Weighted scores.
     p: Buf,
@@ -333,16 +333,19 @@ impl Frame {
     /// Stabilisers and weights of all pairs of tokens of a chunk, and of the incoming state.
     fn weights(&self, cx: &mut Lower<'_>, sc: &Scratch, row0: &Expr, n: usize) {
         let (i_gate, f_gate, pos) = (cx.buf(I), cx.buf(F), cx.buf(POS));
+        let gate0 = cx.bind(self.column(row0, 1));
+        cx.lanes(0, n, 1, |cx, i| {
+            let gate = cx.bind(&gate0 + &i * self.heads);
+            let lf = math::log_sigmoid(cx, Expr::load(f_gate, &gate));
+            cx.store(sc.b, &i, lf);
+            cx.store(sc.gate, i, Expr::load(i_gate, gate));
+        });
         let sum = cx.local(f32c(0.0));
         let doc = cx.local(i32c(0));
         cx.each(0, n, |cx, i| {
-            let row = cx.bind(row0 + &i);
-            let gate = cx.bind(self.column(&row, 1));
-            let lf = math::log_sigmoid(cx, Expr::load(f_gate, &gate));
-            cx.set(sum, sum + lf);
-            cx.set(doc, doc + Expr::load(pos, row).eq(i32c(0)).select(i32c(1), i32c(0)));
+            cx.set(sum, sum + Expr::load(sc.b, &i));
+            cx.set(doc, doc + Expr::load(pos, row0 + &i).eq(i32c(0)).select(i32c(1), i32c(0)));
             cx.store(sc.b, &i, sum);
-            cx.store(sc.gate, &i, Expr::load(i_gate, gate));
             cx.store(sc.doc, i, doc);
         });
         cx.each(0, n, |cx, i| {
@@ -353,14 +356,21 @@ impl Frame {
             let inter = cx.bind(doc.clone().eq(i32c(0)).select(&b + self.m, f32c(NEG)));
             let mt = cx.bind(inter.clone().max(most));
             cx.store(sc.mt, &i, &mt);
-            let wi = fade(cx, inter - &mt);
-            cx.store(sc.wi, &i, wi);
+            cx.store(sc.wi, &i, inter - &mt);
             let row = cx.bind(&i * sc.ld);
-            cx.lanes(0, &i + 1, 2, |cx, j| {
+            // Whole blocks, so that there are whole vectors; nothing reads columns behind them.
+            let end = cx.bind(((&i / BLOCK + 1) * BLOCK).min(Expr::from(n)));
+            cx.lanes(0, end, 2, |cx, j| {
                 let e = fade(cx, exponent(&j) - &mt);
-                cx.store(sc.e, &row + &j, same(&j).select(e, f32c(0.0)));
+                let seen = same(&j) & j.clone().le(&i);
+                cx.store(sc.e, &row + j, seen.select(e, f32c(0.0)));
             });
-            cx.lanes(i + 1, n, 2, |cx, j| cx.store(sc.e, &row + j, f32c(0.0)));
+        });
+        cx.lanes(0, n, 1, |cx, i| {
+            let wi = fade(cx, Expr::load(sc.wi, &i));
+            cx.store(sc.wi, &i, wi);
+            let limit = math::exp(cx, -Expr::load(sc.mt, &i));
+            cx.store(sc.den, i, limit);
         });
     }
 
@@ -388,7 +398,7 @@ impl Frame {
             let n = |c: &Expr| Expr::load(self.n, &self.n0 + c);
             let outer = cx.reduce(0, k_n, |_, c| vec![Acc::Dot(Expr::load(q, &q0 + &c), n(&c))]).remove(0);
             let den = (Expr::load(sc.wi, &i) * f32c(self.scale())).fma(outer, inner).abs();
-            let limit = math::exp(cx, -Expr::load(sc.mt, &i));
+            let limit = Expr::load(sc.den, &i);
             cx.store(sc.den, i, den.max(limit) + f32c(1e-6));
         });
         let state = |_: &mut Lower<'_>, k: &Expr, j: &Expr| Expr::load(self.c, &self.c0 + k * k_n + j);
