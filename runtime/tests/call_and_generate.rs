@@ -222,3 +222,31 @@ fn a_reader_that_leaves_is_no_failure() {
     child.stdin.take().expect("stdin is piped").write_all(b"once").expect("the prompt is taken");
     assert_eq!(child.wait().expect("the program ends").code(), Some(0));
 }
+
+#[test]
+fn a_trace_is_written_beside_the_results() {
+    let dir = Folder::new();
+    let (model, weights) = (fixture("model_none.safetensors"), fixture("model_params.safetensors"));
+    let (out, trace) = (dir.at("out.safetensors"), dir.at("trace.json"));
+    let base = ["call", &model, "-e", "loss", "--weights", &weights, "--inputs", &model, "--outputs", &out];
+    let plain = ok(&base);
+    let bytes = fs::read(&out).expect("the outputs are there");
+    let traced = run(&[&base[..], &["--threads", "2", "--trace", &trace]].concat());
+    let table = String::from_utf8_lossy(&traced.stderr);
+    assert!(traced.status.success() && traced.stdout == plain.as_bytes(), "{table}");
+    assert_eq!(fs::read(&out).expect("the outputs are there"), bytes);
+    assert!(table.contains("GMAC/s") && table.contains("linear") && table.contains("2 calls traced"), "{table}");
+    let json: serde_json::Value = serde_json::from_slice(&fs::read(&trace).expect("a trace")).expect("it is JSON");
+    let events = json["traceEvents"].as_array().expect("a list of events");
+    for name in ["prepare", "loss"] {
+        assert!(events.iter().any(|e| e["cat"] == "call" && e["name"] == name), "no call of {name}");
+    }
+    assert!(events.iter().any(|e| e["args"]["flops"].as_u64() > Some(0) && e["args"]["group"] == "layers.0"));
+    // A call is in the trace whole, or in the table alone.
+    let table = run(&[&base[..], &["--trace", &trace, "--trace-steps", "3"]].concat());
+    let table = String::from_utf8_lossy(&table.stderr).into_owned();
+    assert!(table.contains("0 calls traced") && table.contains("--trace-steps above 3"), "{table}");
+    let json: serde_json::Value = serde_json::from_slice(&fs::read(&trace).expect("a trace")).expect("it is JSON");
+    assert!(json["otherData"]["calls_left_out"] == 2, "{json}");
+    fails(&[&base[..], &["--trace", &dir.at("no/folder.json")]].concat(), 1, "folder.json");
+}

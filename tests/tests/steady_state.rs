@@ -154,7 +154,7 @@ fn plan() -> Plan {
 }
 
 /// The bits of two steps, the second of which must not allocate.
-fn two_steps(threads: usize, emitters: &str, counted: bool) -> Vec<u8> {
+fn two_steps(threads: usize, emitters: &str, counted: bool, traced: bool) -> Vec<u8> {
     let emitters = Allowed::parse(emitters).expect("a known emitter");
     let options = ExecOptions { threads, emitters, ..ExecOptions::default() };
     let mut e = Executable::new(plan(), &options).expect("the plan is sound");
@@ -163,6 +163,10 @@ fn two_steps(threads: usize, emitters: &str, counted: bool) -> Vec<u8> {
     e.set_weight("w", &[COLS], &w).expect("a weight");
     let step = e.entry("step").expect("an entry point");
     e.set_input(step, "x", &x).expect("an input");
+    if traced {
+        // The second step does not fit.
+        e.start_trace(40);
+    }
     e.run(step).expect("the first step");
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     // A weight in place, an input, `prepare` and the entry point itself: nothing of it is new.
@@ -170,6 +174,7 @@ fn two_steps(threads: usize, emitters: &str, counted: bool) -> Vec<u8> {
     e.set_input(step, "x", &x).expect("an input");
     e.run("step").expect("the second step");
     let during = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    assert_eq!(e.end_trace().is_some(), traced);
     if counted {
         assert_eq!(during, 0, "{threads} threads");
     }
@@ -183,10 +188,11 @@ fn two_steps(threads: usize, emitters: &str, counted: bool) -> Vec<u8> {
 
 #[test]
 fn steady_state_allocates_nothing_and_threads_do_not_show() {
-    let one = two_steps(1, "portable", true);
+    let one = two_steps(1, "portable", true, false);
     assert!(one.iter().any(|&b| b != 0));
     for threads in [2, 3] {
-        assert!(two_steps(threads, "portable", true) == one, "{threads} threads give other bits");
+        assert!(two_steps(threads, "portable", true, false) == one, "{threads} threads give other bits");
     }
-    assert!(two_steps(2, "interp", false) == one, "the interpreter gives other bits");
+    assert!(two_steps(2, "portable", true, true) == one, "a trace gives other bits");
+    assert!(two_steps(2, "interp", false, false) == one, "the interpreter gives other bits");
 }

@@ -10,11 +10,15 @@ mod memory;
 mod program;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod walk;
+mod work;
 
 pub use error::ExecError;
 pub use memory::Element;
+pub use trace::{KernelTime, Roofline, Trace};
 pub use walk::StepTime;
+pub use work::{Work, work};
 
 use crate::affinity::available_threads;
 use crate::pool::Pool;
@@ -114,6 +118,8 @@ pub struct Executable {
     scratch_stride: usize,
     bytes: u64,
     max_bytes: u64,
+    /// What a trace has recorded so far.
+    trace: Option<Box<Trace>>,
 }
 
 impl Executable {
@@ -197,6 +203,7 @@ impl Executable {
             scratch_stride,
             bytes,
             max_bytes: options.max_bytes,
+            trace: None,
         })
     }
 

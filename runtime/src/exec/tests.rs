@@ -212,6 +212,66 @@ fn traces_name_every_executed_step() {
     assert_eq!(trace, [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 1), (3, 1), (4, 1), (5, 1)]);
 }
 
+/// The numbers of one event.
+fn times(event: &serde_json::Value) -> (f64, f64, u64) {
+    let number = |key: &str| event[key].as_f64().unwrap_or_else(|| panic!("{key} of {event}"));
+    (number("ts"), number("ts") + number("dur"), event["tid"].as_u64().unwrap())
+}
+
+#[test]
+fn traces_nest_in_their_calls_and_name_threads() {
+    let mut e = Executable::new(plan(), &options(2, "portable")).unwrap();
+    assert!(e.end_trace().is_none());
+    e.set_weight("w", &[N], &ramp(1.0)).unwrap();
+    e.set_input("forward", "x", &ramp(1.0)).unwrap();
+    e.set_input("loop", "x", &ramp(1.0)).unwrap();
+    e.set_input("loop", "limit", &[2]).unwrap();
+    // Enough for `forward` with `prepare`, and one `loop`, whose most are 14.
+    e.start_trace(16);
+    for entry in ["forward", "loop", "loop", "forward"] {
+        e.run(entry).unwrap();
+    }
+    let trace = e.end_trace().unwrap();
+    assert_eq!(trace.calls(), (3, 2));
+    let mut text = vec![];
+    trace.write(e.plan(), &mut text).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let events = json["traceEvents"].as_array().unwrap();
+    let of = |kind: &str| events.iter().filter(|e| e["cat"] == kind).collect::<Vec<_>>();
+    let (calls, steps) = (of("call"), of("step"));
+    assert_eq!(calls.iter().map(|c| c["name"].as_str().unwrap()).collect::<Vec<_>>(), ["prepare", "forward", "loop"]);
+    assert!(calls.windows(2).all(|w| times(w[0]).1 <= times(w[1]).0), "calls follow one another");
+    for step in &steps {
+        let (begin, end, thread) = times(step);
+        assert!(begin <= end && thread < 2, "{step}");
+        let inside = |c: &&&serde_json::Value| times(c).0 <= begin && end <= times(c).1;
+        let call = calls.iter().find(inside).unwrap_or_else(|| panic!("{step} is in no call"));
+        assert_eq!(call["name"], step["args"]["entry"], "{step}");
+    }
+    let names = |thread: u64| {
+        let mine = steps.iter().filter(|s| times(s).2 == thread);
+        mine.map(|s| s["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let body = ["add", "add", "less", "loop end"];
+    assert_eq!(names(0), [&["add", "add", "copy", "loop begin"], &body[..], &body[..], &body[..]].concat());
+    // Grids of one instance are not split.
+    assert_eq!(names(1), ["add"; 8]);
+    let flops = |thread: u64| {
+        let mut mine = steps.iter().filter(|s| times(s).2 == thread);
+        mine.next().unwrap()["args"]["flops"].as_u64().unwrap()
+    };
+    assert_eq!(flops(0) + flops(1), N as u64, "the parts of a step make the whole");
+    let threads: Vec<_> = events.iter().filter(|e| e["name"] == "thread_name").map(|e| e["tid"].as_u64()).collect();
+    assert_eq!(threads, [Some(0), Some(1)]);
+
+    let table = trace.roofline(e.plan());
+    let adds = table.kernels.iter().find(|k| k.entry == "loop" && k.kernel == "add").unwrap();
+    assert_eq!((adds.runs, adds.work.flops), (12, (12 * N) as f64), "the table has all calls");
+    assert!(table.to_string().contains(" add"), "{table}");
+    e.run("forward").unwrap();
+    assert!(e.end_trace().is_none());
+}
+
 #[test]
 fn narrow_weights_take_floats() {
     let mut narrow = Plan { weights: plan().weights, ..Plan::default() };

@@ -3,6 +3,7 @@
 //! A split grid is cut into contiguous ranges, one for each worker, the same ones every time.
 
 use super::program::Action;
+use super::trace::Trace;
 use super::{EntryId, EntryKey, ExecError, Executable};
 use std::time::{Duration, Instant};
 
@@ -98,7 +99,15 @@ impl Executable {
             // SAFETY: both addresses have `bytes` bytes and belong to different allocations; `self` is borrowed mutably.
             unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
         }
-        self.walk(entry, observe);
+        let mut trace = self.trace.take();
+        if let Some(trace) = &mut trace {
+            trace.begin(entry);
+        }
+        self.walk(entry, trace.as_deref_mut(), observe);
+        if let Some(trace) = &mut trace {
+            trace.end();
+        }
+        self.trace = trace;
         if Some(entry) == self.prepare {
             self.stale = false;
         }
@@ -117,7 +126,7 @@ impl Executable {
     }
 
     /// Execute the steps. `observe` hears of the begin (`true`) of the walk and of the end of every step.
-    fn walk(&mut self, entry: EntryId, observe: &mut dyn FnMut(usize, usize, bool)) {
+    fn walk(&mut self, entry: EntryId, mut trace: Option<&mut Trace>, observe: &mut dyn FnMut(usize, usize, bool)) {
         let ops = &self.entries[entry.0].ops;
         // The first step of the open loop, its bound and the addresses of its counter.
         let mut open = None;
@@ -126,9 +135,18 @@ impl Executable {
         while let Some(op) = ops.get(at) {
             let mut next = at + 1;
             let ended = iteration;
+            let begin = trace.as_ref().map_or(Duration::ZERO, |t| t.now());
             match *op {
                 Action::Run { kernel, args, grid, split } => {
-                    self.run_kernel(kernel, self.table.at(args, iteration), grid, split)
+                    let args = Args(self.table.at(args, iteration).as_ptr());
+                    match trace.as_deref() {
+                        None => self.run_kernel(kernel, args, grid, split, |_, _, call| call()),
+                        Some(t) => self.run_kernel(kernel, args, grid, split, |worker, part, call| {
+                            let begin = t.now();
+                            call();
+                            t.span(worker, at, ended, part, begin);
+                        }),
+                    }
                 }
                 Action::Copy { pair, bytes } => {
                     let pair = self.table.at(pair, iteration);
@@ -157,6 +175,12 @@ impl Executable {
                 }
             }
             observe(at, ended, false);
+            if let Some(t) = &mut trace {
+                if !matches!(op, Action::Run { .. }) {
+                    t.span(0, at, ended, 1.0, begin);
+                }
+                t.step(entry, at, begin);
+            }
             at = next;
         }
     }
@@ -166,9 +190,16 @@ impl Executable {
         unsafe { counter.cast::<i32>().write(iteration) };
     }
 
-    fn run_kernel(&self, kernel: usize, args: &[*mut u8], grid: i64, split: bool) {
+    /// Run a kernel; `around(worker, share of the grid, call)` makes each worker's call.
+    fn run_kernel(
+        &self,
+        kernel: usize,
+        args: Args,
+        grid: i64,
+        split: bool,
+        around: impl Fn(usize, f32, &dyn Fn()) + Sync,
+    ) {
         let code = self.module.entry(kernel);
-        let args = Args(args.as_ptr());
         let call = |lo: i64, hi: i64, worker: usize| {
             let scratch = self.scratch.address(self.scratch_stride * worker, self.scratch_stride);
             // SAFETY: the table holds an address for every argument, each with the declared number of elements by verification; each
@@ -181,11 +212,11 @@ impl Executable {
             self.pool.run(&|worker, workers| {
                 let (lo, hi) = range(grid, worker, workers);
                 if lo < hi {
-                    call(lo, hi, worker);
+                    around(worker, (hi - lo) as f32 / grid as f32, &|| call(lo, hi, worker));
                 }
             });
         } else {
-            call(0, grid, 0);
+            around(0, 1.0, &|| call(0, grid, 0));
         }
     }
 }

@@ -152,7 +152,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let packed = weights::packed(&file, &model.config)?;
     let mut exe = Executable::new(plan(&args, &model, entry, packed)?, &args.exec.exec())?;
     let unused = weights::load(&file, &model.config, &mut exe, false)?;
+    args.exec.trace.start(&mut exe);
     let outputs = call::run(&mut exe, name, &inputs)?;
+    args.exec.trace.finish(&mut exe)?;
     write(&args, &outputs, &unused)
 }
 

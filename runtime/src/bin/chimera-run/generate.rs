@@ -104,6 +104,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         unused,
         memory,
     };
+    args.exec.trace.start(&mut exe);
     let started = Instant::now();
     let mut generator = Generator::new(&mut exe, &vocab)?;
     generator.set_penalty_window(settings.penalty_window);
@@ -123,7 +124,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return Err(e.into());
     }
     out.finish(prompt.len(), stop, [read, wrote])?;
-    Ok(())
+    args.exec.trace.finish(&mut exe)
 }
 
 /// The prompt in tokens.

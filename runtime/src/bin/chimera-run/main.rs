@@ -13,6 +13,7 @@ mod options;
 mod pack;
 mod quickstart;
 mod session;
+mod trace;
 mod train;
 mod vocab;
 mod weights;

@@ -2,6 +2,7 @@
 //!
 //! Invariant: exit codes are 0 ok, 1 failure, 2 usage, 3 invalid configuration, 4 resource, 5 corrupted file.
 
+use crate::trace::TraceOptions;
 use chimera_codegen::{Allowed, Target};
 use chimera_frontends::config::{ConfigError, Overrides, Scale, Vocabulary, VocabularyError};
 use chimera_ir::plan::PlanError;
@@ -221,6 +222,8 @@ pub struct RunOptions {
     /// Most megabytes of memory for weights, states and intermediate results
     #[arg(long, env = "CHIMERA_MAX_MEMORY", value_name = "MB")]
     pub max_memory: Option<u64>,
+    #[command(flatten)]
+    pub trace: TraceOptions,
 }
 
 fn parse_emitters(names: &str) -> Result<Allowed, String> {

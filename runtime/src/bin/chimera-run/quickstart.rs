@@ -82,6 +82,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         data: "the embedded corpus".into(),
         progress: Progress::default(),
     };
+    args.exec.trace.start(&mut exec);
     let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model));
     let options = run_options(&hyper, folder.clone());
     let before = trainer.measure(&validation, options.validation_rows, &vocab)?;
@@ -99,6 +100,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (outcome, progress) = (outcome?, run.progress);
     let after = trainer.measure(&validation, options.validation_rows, &vocab)?;
     let forwards = progress.step * trainer.forward_tokens();
+    args.exec.trace.finish(trainer.exec_mut())?;
     drop(trainer);
     let path = checkpoint::path_of(&folder, progress.step);
     reporter.say(&reached(&before, &after, entropy, &progress, forwards));

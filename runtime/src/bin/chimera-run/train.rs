@@ -125,6 +125,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         progress: Progress::default(),
     };
     let progress = saved.as_ref().map_or(Progress::default(), |(_, meta)| meta.progress);
+    args.exec.trace.start(&mut exec);
     let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
     let mut reporter = Reporter::new(Some(Log::open(&folder, progress.step)?), args.json, args.quiet);
     reporter.say(&introduction(&model, &vocab, &batches, &validation, &trainer, &hyper, &progress));
@@ -135,6 +136,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     reporter.finish();
     let outcome = outcome?;
     let progress = run.progress;
+    args.exec.trace.finish(trainer.exec_mut())?;
     conclude(&args, &options, outcome, &progress)
 }
 
