@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use chimera_ir::{
     Graph, Op, Type, Value,
     graph::{Kind, NodeId, Repeat},
+    loops::Variant,
     lower::{Cluster, ClusterNode, Source},
 };
 
@@ -377,7 +378,7 @@ impl Fuse<'_> {
         let anchor = before.len();
         let inputs = ins.iter().map(|&v| self.ty(v).clone()).collect();
         Run {
-            cluster: Cluster { inputs, nodes, anchor, outputs },
+            cluster: Cluster { inputs, nodes, anchor, outputs, variant: Variant::default() },
             ins,
             outs,
             site: self.g.nodes()[draft.anchor].site.clone(),

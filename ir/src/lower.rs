@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 
 use crate::{
     Op, Type,
-    loops::{Acc, Buf, Builder, Expr, Kernel, Role, Stmt, Ty, tile::Context},
+    loops::{Acc, Buf, Builder, Expr, Kernel, Role, Stmt, Ty, Variant, tile::Context},
     ops::InferError,
 };
 
@@ -42,6 +42,8 @@ pub struct Cluster {
     pub anchor: usize,
     /// What is stored: node, result. Each becomes one `Out` buffer.
     pub outputs: Vec<(usize, usize)>,
+    /// How the anchor is lowered: one of its variants; the first one when empty.
+    pub variant: Variant,
 }
 
 impl Cluster {
@@ -50,11 +52,28 @@ impl Cluster {
         let outs = op.infer(ins)?;
         let outputs = (0..outs.len()).map(|o| (0, o)).collect();
         let nodes = vec![ClusterNode { op, ins: (0..ins.len()).map(Source::Input).collect(), outs }];
-        Ok(Cluster { inputs: ins.to_vec(), nodes, anchor: 0, outputs })
+        Ok(Cluster { inputs: ins.to_vec(), nodes, anchor: 0, outputs, variant: Variant::default() })
+    }
+
+    /// The same with its anchor lowered in another way.
+    pub fn with_variant(&self, variant: &Variant) -> Cluster {
+        Cluster { variant: variant.clone(), ..self.clone() }
+    }
+
+    /// The types of the operands of the anchor.
+    pub fn anchor_types(&self) -> Vec<Type> {
+        let ty = |s: &Source| match *s {
+            Source::Input(i) => self.inputs[i].clone(),
+            Source::Node(n, o) => self.nodes[n].outs[o].clone(),
+        };
+        self.nodes[self.anchor].ins.iter().map(ty).collect()
     }
 
     /// The kernel. Its arguments are the inputs, then the outputs, but an output that [`crate::ops::OpDef::updates`] an input of
     /// the cluster has no buffer of its own: the input's buffer is read and written.
+    ///
+    /// # Panics
+    /// When the anchor has no such variant.
     pub fn lower(&self) -> Kernel {
         let name: Vec<&str> = self.nodes.iter().map(|n| n.op.name()).collect();
         let mut b = Builder::new(name.join("+"));
@@ -82,6 +101,14 @@ impl Cluster {
                 }
             })
             .collect();
+        let types = self.anchor_types();
+        let mut legal = anchor.op.variants(&types);
+        let at = if self.variant.is_empty() { Some(0) } else { legal.iter().position(|v| *v == self.variant) };
+        let Some(at) = at else { panic!("{} has no variant `{}`", anchor.op.text(), self.variant) };
+        b.variant(legal.swap_remove(at));
+        if let Some(contract) = anchor.op.contract(&types) {
+            b.contract(contract);
+        }
         let mut cx = Lower { b, cluster: self, ins, outs, node: self.anchor, known: vec![] };
         anchor.op.lower(&mut cx);
         cx.b.finish()
@@ -145,6 +172,11 @@ impl Lower<'_> {
             Source::Input(i) => &self.cluster.inputs[i],
             Source::Node(n, o) => &self.cluster.nodes[n].outs[o],
         }
+    }
+
+    /// The variant to lower: one of those that the operation lists.
+    pub fn variant(&self) -> &Variant {
+        self.b.chosen()
     }
 
     /// The type of result `o`.

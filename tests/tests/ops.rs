@@ -6,7 +6,7 @@
 use chimera_ir::{
     DType, Data, Graph, Op, Tensor, Type,
     graph::Kind,
-    loops::{parse, print, verify},
+    loops::{Variant, parse, print, verify},
     lower::{Cluster, ClusterNode, Source},
     ops::{Accuracy, Binary, BinaryFn, Unary, UnaryFn, random_tensor},
 };
@@ -38,6 +38,15 @@ fn samples() -> impl Iterator<Item = Sample> {
         let name = format!("sample {i}: {} ({})", op.text(), list(&types));
         Sample { name, op, types, ins }
     })
+}
+
+impl Sample {
+    /// The operation lowered in every legal way, each with a name.
+    fn ways(&self) -> Vec<(String, Cluster)> {
+        let cluster = Cluster::single(self.op.clone(), &self.types).unwrap_or_else(|e| panic!("{}: {e}", self.name));
+        let way = |v: Variant| (format!("{} [{v}]", self.name), cluster.with_variant(&v));
+        self.op.variants(&self.types).into_iter().map(way).collect()
+    }
 }
 
 fn list(types: &[Type]) -> String {
@@ -155,33 +164,63 @@ fn samples_infer_verify_and_evaluate_to_their_types() {
 #[test]
 fn kernels_verify_print_and_agree_with_eval() {
     for s in samples() {
-        let cluster = Cluster::single(s.op.clone(), &s.types).unwrap_or_else(|e| panic!("{}: {e}", s.name));
-        let kernel = cluster.lower();
-        verify(&kernel).unwrap_or_else(|e| panic!("{}: {e}", s.name));
-        assert!(kernel.grid > 0, "{}", s.name);
-        let back = parse(&print(&kernel)).unwrap_or_else(|e| panic!("{}: {e}", s.name));
-        assert_eq!(back, kernel, "{}: the text form round-trips", s.name);
-        let got = interpreted(&s.name, &cluster, &s.ins);
-        assert_accuracy(&s.name, s.op.accuracy(), &got, &s.op.eval(&refs(&s.ins)));
+        let want = s.op.eval(&refs(&s.ins));
+        let mut first: Option<Vec<Tensor>> = None;
+        for (name, cluster) in s.ways() {
+            let kernel = cluster.lower();
+            verify(&kernel).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert!(kernel.grid > 0, "{name}");
+            let back = parse(&print(&kernel)).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(back, kernel, "{name}: the text form round-trips");
+            let got = interpreted(&name, &cluster, &s.ins);
+            assert_accuracy(&name, s.op.accuracy(), &got, &want);
+            assert_bits(&name, "against the first way", &got, first.get_or_insert_with(|| got.clone()));
+        }
     }
+}
+
+#[test]
+fn contracts_give_their_operations_back_and_variants_are_distinct() {
+    let mut variants = 0;
+    for s in samples() {
+        let ways = s.op.variants(&s.types);
+        let distinct: std::collections::BTreeSet<_> = ways.iter().collect();
+        assert_eq!((distinct.len(), ways.is_empty()), (ways.len(), false), "{}: each way once", s.name);
+        variants += ways.len() - 1;
+        let Some(contract) = s.op.contract(&s.types) else {
+            assert_eq!(ways.len(), 1, "{}: who has variants has a contract", s.name);
+            continue;
+        };
+        let (op, types) = Op::of_contract(&contract).unwrap_or_else(|| panic!("{}: {contract}", s.name));
+        let elements = |types: &[Type]| types.iter().map(|t| (t.dtype, t.numel())).collect::<Vec<_>>();
+        assert_eq!((&op, elements(&types)), (&s.op, elements(&s.types)), "{}", s.name);
+        assert_eq!(op.contract(&types), Some(contract), "{}", s.name);
+        assert_eq!(op.variants(&types), ways, "{}", s.name);
+        for way in &ways {
+            let work = s.op.work(&s.types, way);
+            assert!(work.macs > 0 && work.instances > 0, "{}: {way}: {work:?}", s.name);
+        }
+    }
+    assert!(variants > 50, "there is something to choose");
 }
 
 #[test]
 fn grids_split_anywhere() {
     for s in samples() {
-        let cluster = Cluster::single(s.op.clone(), &s.types).expect("checked above");
-        let kernel = cluster.lower();
-        let (want, n) = (interpreted(&s.name, &cluster, &s.ins), kernel.grid as i64);
-        let third = n.div_euclid(3);
-        for ranges in [
-            vec![(n / 2, n), (0, n / 2)],
-            vec![(third, n), (0, third)],
-            (0..n.min(40)).rev().map(|i| (i, i + 1)).collect(),
-        ] {
-            let covered: i64 = ranges.iter().map(|r| r.1 - r.0).sum();
-            if covered == n {
-                let got = run_lowered(&cluster, &kernel, Runner::Reference, &refs(&s.ins), Some(&ranges));
-                assert_bits(&s.name, &format!("grid in {} parts", ranges.len()), &got.expect("interpreted"), &want);
+        for (name, cluster) in s.ways() {
+            let kernel = cluster.lower();
+            let (want, n) = (interpreted(&name, &cluster, &s.ins), kernel.grid as i64);
+            let third = n.div_euclid(3);
+            for ranges in [
+                vec![(n / 2, n), (0, n / 2)],
+                vec![(third, n), (0, third)],
+                (0..n.min(40)).rev().map(|i| (i, i + 1)).collect(),
+            ] {
+                let covered: i64 = ranges.iter().map(|r| r.1 - r.0).sum();
+                if covered == n && n > 1 {
+                    let got = run_lowered(&cluster, &kernel, Runner::Reference, &refs(&s.ins), Some(&ranges));
+                    assert_bits(&name, &format!("grid in {} parts", ranges.len()), &got.expect("interpreted"), &want);
+                }
             }
         }
     }
@@ -190,17 +229,18 @@ fn grids_split_anywhere() {
 #[test]
 fn emitters_agree_with_the_interpreter() {
     for s in samples() {
-        let cluster = Cluster::single(s.op.clone(), &s.types).expect("checked above");
-        let kernel = cluster.lower();
-        let (want, n) = (interpreted(&s.name, &cluster, &s.ins), kernel.grid as i64);
-        for emitter in chimera_codegen::emitters() {
-            let what = format!("emitter {}", emitter.name());
-            let run = |ranges: Option<&[(i64, i64)]>| {
-                run_lowered(&cluster, &kernel, Runner::Emitter(emitter.name()), &refs(&s.ins), ranges)
-                    .unwrap_or_else(|e| panic!("{}: {e}", s.name))
-            };
-            assert_bits(&s.name, &what, &run(None), &want);
-            assert_bits(&s.name, &format!("{what} in two parts"), &run(Some(&[(n / 2, n), (0, n / 2)])), &want);
+        for (name, cluster) in s.ways() {
+            let kernel = cluster.lower();
+            let (want, n) = (interpreted(&name, &cluster, &s.ins), kernel.grid as i64);
+            for emitter in chimera_codegen::emitters() {
+                let what = format!("emitter {}", emitter.name());
+                let run = |ranges: Option<&[(i64, i64)]>| {
+                    run_lowered(&cluster, &kernel, Runner::Emitter(emitter.name()), &refs(&s.ins), ranges)
+                        .unwrap_or_else(|e| panic!("{name}: {e}"))
+                };
+                assert_bits(&name, &what, &run(None), &want);
+                assert_bits(&name, &format!("{what} in two parts"), &run(Some(&[(n / 2, n), (0, n / 2)])), &want);
+            }
         }
     }
 }
@@ -274,7 +314,8 @@ fn fusion_changes_nothing() {
             (0..outputs.len()).filter(|&i| outputs[i].0 != anchor || !pushed.contains(&outputs[i].1)).collect();
         for keep in [(0..outputs.len()).collect::<Vec<_>>(), ends] {
             let outputs = keep.iter().map(|&i| outputs[i]).collect();
-            let cluster = Cluster { inputs: inputs.clone(), nodes: nodes.clone(), anchor, outputs };
+            let variant = Variant::default();
+            let cluster = Cluster { inputs: inputs.clone(), nodes: nodes.clone(), anchor, outputs, variant };
             let want: Vec<Tensor> = keep.iter().map(|&i| want[i].clone()).collect();
             let kernel = cluster.lower();
             let runners = chimera_codegen::emitters().iter().map(|e| Runner::Emitter(e.name()));

@@ -147,7 +147,7 @@ impl Lanes {
                         self.facts[at] = if single { Fact::of(e, &self.facts) } else { Fact::NONE };
                     }
                 }
-                Stmt::Store(..) => {}
+                Stmt::Store(..) | Stmt::Prefetch(..) => {}
                 Stmt::For { var, lo, hi, step, body, .. } => {
                     if [lo, hi].iter().any(|e| self.shape(e) != Shape::Uniform) {
                         return None;

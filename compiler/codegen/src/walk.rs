@@ -9,7 +9,7 @@ pub(crate) fn stmts(body: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
     for s in body {
         f(s);
         match s {
-            Stmt::Let(..) | Stmt::Store(..) => {}
+            Stmt::Let(..) | Stmt::Store(..) | Stmt::Prefetch(..) => {}
             Stmt::For { body, .. } | Stmt::Reduce { body, .. } => stmts(body, f),
             Stmt::If(_, a, b) => {
                 stmts(a, f);
@@ -22,7 +22,7 @@ pub(crate) fn stmts(body: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
 /// Every expression, also nested ones.
 pub(crate) fn exprs(body: &[Stmt], f: &mut dyn FnMut(&Expr)) {
     stmts(body, &mut |s| match s {
-        Stmt::Let(_, e) | Stmt::If(e, ..) => expr(e, f),
+        Stmt::Let(_, e) | Stmt::Prefetch(_, e) | Stmt::If(e, ..) => expr(e, f),
         Stmt::Store(_, a, b) => {
             expr(a, f);
             expr(b, f);
@@ -76,7 +76,7 @@ pub(crate) fn assigned(s: &Stmt, f: &mut dyn FnMut(Var)) {
             f(*var);
             accs.iter().for_each(|(v, _)| f(*v));
         }
-        Stmt::Store(..) | Stmt::If(..) => {}
+        Stmt::Store(..) | Stmt::Prefetch(..) | Stmt::If(..) => {}
     }
 }
 

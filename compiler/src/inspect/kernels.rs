@@ -109,17 +109,12 @@ fn row(index: usize, k: &Kernel, uses: usize, target: &Target, text: bool) -> Ke
         grid: k.grid,
         buffers: k.bufs.iter().map(buffer).collect(),
         scratch_bytes: k.scratch_bytes(),
-        contract: k.contract.as_ref().map(contract),
+        contract: k.contract.as_ref().map(ToString::to_string),
         emitter,
         refusals,
         code_bytes,
         loops: text.then(|| loops::print(k).to_text()),
     }
-}
-
-fn contract(c: &loops::Contract) -> String {
-    let params: Vec<String> = c.params.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    format!("{}({})", c.name, params.join(" "))
 }
 
 impl fmt::Display for KernelReport {

@@ -1,6 +1,6 @@
 //! The way kernels are written: statements are appended in program order, bodies are closures.
 
-use super::{Acc, Buf, BufDecl, Contract, Expr, GRID, Kernel, Mode, Role, Stmt, Ty, Var};
+use super::{Acc, Buf, BufDecl, Contract, Expr, GRID, Kernel, Mode, Role, Stmt, Ty, Var, Variant};
 use crate::DType;
 
 /// A kernel under construction.
@@ -13,8 +13,15 @@ pub struct Builder {
 impl Builder {
     /// A kernel without buffers; its grid is 1 until [`Builder::grid`] says otherwise.
     pub fn new(name: impl Into<String>) -> Builder {
-        let kernel =
-            Kernel { name: name.into(), contract: None, bufs: vec![], vars: vec![Ty::I64], grid: 1, body: vec![] };
+        let kernel = Kernel {
+            name: name.into(),
+            contract: None,
+            variant: Variant::default(),
+            bufs: vec![],
+            vars: vec![Ty::I64],
+            grid: 1,
+            body: vec![],
+        };
         Builder { kernel, blocks: vec![vec![]] }
     }
 
@@ -43,9 +50,18 @@ impl Builder {
     }
 
     /// State a contract.
-    pub fn contract(&mut self, name: &str, params: &[(&str, i64)]) {
-        let params = params.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect();
-        self.kernel.contract = Some(Contract { name: name.to_owned(), params });
+    pub fn contract(&mut self, contract: Contract) {
+        self.kernel.contract = Some(contract);
+    }
+
+    /// Say which variant this is.
+    pub fn variant(&mut self, variant: Variant) {
+        self.kernel.variant = variant;
+    }
+
+    /// Which variant this is.
+    pub fn chosen(&self) -> &Variant {
+        &self.kernel.variant
     }
 
     /// The type of an expression.
@@ -84,6 +100,11 @@ impl Builder {
     /// Overwrite an element.
     pub fn store(&mut self, buf: Buf, index: impl Into<Expr>, value: impl Into<Expr>) {
         self.push(Stmt::Store(buf, index.into(), value.into()));
+    }
+
+    /// Hint that an element will be read soon, see [`Stmt::Prefetch`].
+    pub fn prefetch(&mut self, buf: Buf, index: impl Into<Expr>) {
+        self.push(Stmt::Prefetch(buf, index.into()));
     }
 
     /// Append a statement.

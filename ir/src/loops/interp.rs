@@ -127,6 +127,7 @@ impl<M: Memory> Run<'_, M> {
                     DType::BF16 => ill("a store to a bf16 buffer"),
                 }
             }
+            Stmt::Prefetch(..) => {}
             Stmt::For { var, lo, hi, step, mode: Mode::Seq | Mode::Lanes(_), body } => {
                 let (mut i, hi) = (self.i64(lo), self.i64(hi));
                 while i < hi {

@@ -12,6 +12,7 @@ mod range;
 mod tensors;
 mod text;
 pub mod tile;
+mod variant;
 mod verify;
 
 pub use build::Builder;
@@ -20,6 +21,7 @@ pub use interp::{Memory, interpret};
 pub use range::{unproven, work};
 pub use tensors::Tensors;
 pub use text::{parse, print};
+pub use variant::Variant;
 pub use verify::{KernelError, verify};
 
 use crate::DType;
@@ -180,6 +182,9 @@ pub enum Stmt {
     Let(Var, Expr),
     /// Overwrite one element; integers keep their low bits.
     Store(Buf, Expr, Expr),
+    /// A hint that the memory at this element of the buffer will be read soon. It has no meaning: the index may be anywhere, is made
+    /// without loads, and inside lanes counts in the first one.
+    Prefetch(Buf, Expr),
     /// Run the body for `var` from `lo` while `var < hi`, in steps of `step` (1 for lanes).
     For {
         /// The loop variable, `I64`.
@@ -247,6 +252,8 @@ pub struct Kernel {
     pub name: String,
     /// The named contract that lets an emitter replace the body by an equal one: a name and its integer parameters.
     pub contract: Option<Contract>,
+    /// Which of several ways of doing it this is; empty when there is only one.
+    pub variant: Variant,
     /// The buffers.
     pub bufs: Vec<BufDecl>,
     /// The types of the variables; variable 0 is the grid index (`I64`).
@@ -264,6 +271,26 @@ pub struct Contract {
     pub name: String,
     /// Named integer parameters in a fixed order.
     pub params: Vec<(String, i64)>,
+}
+
+impl Contract {
+    /// A contract.
+    pub fn new(name: &str, params: &[(&str, usize)]) -> Contract {
+        Contract { name: name.to_owned(), params: Variant::new(params).0 }
+    }
+
+    /// The value of a parameter that is a size.
+    pub fn size(&self, name: &str) -> Option<usize> {
+        let found = self.params.iter().find(|p| p.0 == name)?;
+        usize::try_from(found.1).ok()
+    }
+}
+
+/// Such as `ternary_product(m=64 np=128)`.
+impl std::fmt::Display for Contract {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}({})", self.name, Variant(self.params.clone()))
+    }
 }
 
 /// The grid index of every kernel.

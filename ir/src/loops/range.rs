@@ -76,7 +76,7 @@ fn count_assignments(body: &[Stmt], n: &mut [u32]) {
     for s in body {
         match s {
             Stmt::Let(v, _) => n[v.0 as usize] += 1,
-            Stmt::Store(..) => {}
+            Stmt::Store(..) | Stmt::Prefetch(..) => {}
             Stmt::For { body, .. } => count_assignments(body, n),
             Stmt::If(_, then, other) => {
                 count_assignments(then, n);
@@ -124,6 +124,8 @@ impl Analysis<'_> {
                 self.visit(value);
                 self.access("store", *buf, index, 1);
             }
+            // It may lie anywhere.
+            Stmt::Prefetch(..) => {}
             Stmt::For { var, lo, hi, step, body, .. } => self.looped(*var, lo, hi, *step, |a| a.block(body)),
             Stmt::If(c, then, other) => {
                 self.visit(c);

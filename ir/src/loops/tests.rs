@@ -38,7 +38,10 @@ fn round_trip(kernel: &Kernel) {
     let again = parse(&tree).unwrap_or_else(|e| panic!("{e}\n{text}"));
     // Equality of trees is equality of bits, also of NaN and of the sign of zero.
     assert_eq!(print(&again), s);
-    assert_eq!((&again.name, &again.contract, &again.bufs), (&kernel.name, &kernel.contract, &kernel.bufs));
+    assert_eq!(
+        (&again.name, &again.contract, &again.variant, &again.bufs),
+        (&kernel.name, &kernel.contract, &kernel.variant, &kernel.bufs)
+    );
     assert_eq!((&again.vars, again.grid), (&kernel.vars, kernel.grid));
     let bytes = s.to_bytes();
     assert_eq!(Sexpr::from_bytes(&bytes), Ok(tree));
@@ -57,7 +60,8 @@ fn map_with_grid() {
     let x = b.buf("x", DType::F32, 20, Role::In);
     let y = b.buf("y", DType::F32, 20, Role::InOut);
     let g = b.grid(4);
-    b.contract("axpy", &[("n", 20)]);
+    b.contract(Contract::new("axpy", &[("n", 20)]));
+    b.variant(Variant::new(&[("tile", 5), ("k", 0)]));
     b.lanes(0, 5, 2, |b, i| {
         let at = b.bind(&g * 5 + i);
         b.store(y, &at, f32c(0.1).fma(Expr::load(x, &at), Expr::load(y, &at)));
@@ -74,6 +78,31 @@ fn map_with_grid() {
     interpret(&k, &mut Tensors::new(&k, &mut args), 1, 3);
     assert_eq!((&f32s(&args[1])[..5], &f32s(&args[1])[15..]), (&ys[..5], &ys[15..]));
     assert_eq!(f32s(&args[1])[5..15], expected[5..15]);
+}
+
+#[test]
+fn prefetches_are_hints() {
+    let kernel = |index: &dyn Fn(Buf) -> Expr| {
+        let mut b = Builder::new("hint");
+        let x = b.buf("x", DType::I32, 4, Role::In);
+        let y = b.buf("y", DType::I32, 4, Role::Out);
+        let at = index(x);
+        b.prefetch(x, at);
+        b.lanes(0, 4, 1, |b, i| b.store(y, &i, Expr::load(x, &i)));
+        b.finish()
+    };
+    let k = kernel(&|_| int(1 << 20));
+    let mut args = [Data::I32(vec![1, 2, 3, 4]), Data::I32(vec![0; 4])];
+    run(&k, &mut args);
+    assert_eq!(args[1], args[0], "what lies outside is not read");
+    assert!(unproven(&k).is_empty(), "{:?}", unproven(&k));
+    let tree = print(&k);
+    assert!(tree.to_text().contains("(prefetch x 1048576)"), "{}", tree.to_text());
+    assert_eq!(parse(&tree).unwrap(), k);
+    let e = verify(&kernel(&|x| Expr::load(x, 0).cast(Ty::I64))).unwrap_err().to_string();
+    assert!(e.contains("prefetch of x") && e.contains("the index has a load"), "{e}");
+    let e = verify(&kernel(&|_| f32c(1.0))).unwrap_err().to_string();
+    assert!(e.contains("the index is F32"), "{e}");
 }
 
 #[test]

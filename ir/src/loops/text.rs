@@ -81,9 +81,12 @@ pub fn print(k: &Kernel) -> Sexpr {
     let letters: String = k.vars.iter().map(|ty| row(*ty).1).collect();
     items.push(Sexpr::form("vars", [Sexpr::sym(&letters)]));
     items.push(Sexpr::form("grid", [Sexpr::Int(k.grid as i64)]));
+    let param = |(n, v): &(String, i64)| Sexpr::List(vec![Sexpr::sym(n), Sexpr::Int(*v)]);
     if let Some(c) = &k.contract {
-        let param = |(n, v): &(String, i64)| Sexpr::List(vec![Sexpr::sym(n), Sexpr::Int(*v)]);
         items.push(Sexpr::form("contract", std::iter::once(Sexpr::sym(&c.name)).chain(c.params.iter().map(param))));
+    }
+    if !k.variant.is_empty() {
+        items.push(Sexpr::form("variant", k.variant.0.iter().map(param)));
     }
     for b in &k.bufs {
         let (dtype, role) = (Sexpr::sym(b.dtype.name()), Sexpr::sym(name_of(&ROLES, &b.role)));
@@ -102,6 +105,7 @@ fn print_stmt(k: &Kernel, s: &Stmt) -> Sexpr {
     match s {
         Stmt::Let(v, x) => Sexpr::form("let", [print_var(k, *v), e(x)]),
         Stmt::Store(b, i, x) => Sexpr::form("store", [print_buf(k, *b), e(i), e(x)]),
+        Stmt::Prefetch(b, i) => Sexpr::form("prefetch", [print_buf(k, *b), e(i)]),
         Stmt::For { var, lo, hi, step, mode, body } => {
             let mode = match (mode, step) {
                 (Mode::Seq, 1) => "seq".to_owned(),
@@ -169,7 +173,7 @@ pub fn parse(s: &Sexpr) -> Result<Kernel, KernelError> {
     let Some(("kernel", [Sexpr::Str(name), rest @ ..])) = s.as_form() else {
         return Err(wrong(s, "(kernel \"name\" ...)"));
     };
-    let kernel = Kernel { name: name.to_string(), contract: None, bufs: vec![], vars: vec![], grid: 0, body: vec![] };
+    let kernel = Kernel { name: name.to_string(), vars: vec![], grid: 0, ..Builder::new("").finish() };
     let mut r = Reader { kernel, bufs: HashMap::new() };
     let [vars, grid, rest @ ..] = rest else {
         return Err(wrong(s, "(vars ...) and (grid n) after the name"));
@@ -186,6 +190,7 @@ pub fn parse(s: &Sexpr) -> Result<Kernel, KernelError> {
     };
     r.kernel.grid = usize::try_from(*n).map_err(|_| wrong(grid, "a grid that is not negative"))?;
     let rest = r.contract(rest)?;
+    let rest = r.variant(rest)?;
     let bufs = rest.iter().take_while(|s| matches!(s.as_form(), Some(("buf", _)))).count();
     for s in &rest[..bufs] {
         r.buf_decl(s)?;
@@ -198,6 +203,13 @@ pub fn parse(s: &Sexpr) -> Result<Kernel, KernelError> {
 /// A syntax error at `s`.
 fn wrong(s: &Sexpr, expected: &str) -> KernelError {
     KernelError::Syntax { found: s.excerpt(), expected: expected.to_owned() }
+}
+
+fn param(s: &Sexpr) -> Read<(String, i64)> {
+    match s.as_list() {
+        Some([Sexpr::Sym(n), Sexpr::Int(v)]) => Ok((n.to_string(), *v)),
+        _ => Err(wrong(s, "a parameter (name n)")),
+    }
 }
 
 struct Reader {
@@ -213,12 +225,18 @@ impl Reader {
         let [Sexpr::Sym(name), params @ ..] = parts else {
             return Err(wrong(first, "(contract name (param n) ...)"));
         };
-        let param = |s: &Sexpr| match s.as_list() {
-            Some([Sexpr::Sym(n), Sexpr::Int(v)]) => Ok((n.to_string(), *v)),
-            _ => Err(wrong(s, "a contract parameter (name n)")),
-        };
         let params = params.iter().map(param).collect::<Read<Vec<_>>>()?;
         self.kernel.contract = Some(Contract { name: name.to_string(), params });
+        Ok(rest)
+    }
+
+    fn variant<'s>(&mut self, items: &'s [Sexpr]) -> Read<&'s [Sexpr]> {
+        let Some((first, rest)) = items.split_first() else { return Ok(items) };
+        let Some(("variant", params)) = first.as_form() else { return Ok(items) };
+        if params.is_empty() {
+            return Err(wrong(first, "(variant (param n) ...)"));
+        }
+        self.kernel.variant = Variant(params.iter().map(param).collect::<Read<Vec<_>>>()?);
         Ok(rest)
     }
 
@@ -244,6 +262,7 @@ impl Reader {
         match s.as_form() {
             Some(("let", [v, x])) => Ok(Stmt::Let(self.var(v)?, e(x)?)),
             Some(("store", [b, i, x])) => Ok(Stmt::Store(self.buf(b)?, e(i)?, e(x)?)),
+            Some(("prefetch", [b, i])) => Ok(Stmt::Prefetch(self.buf(b)?, e(i)?)),
             Some(("for", [v, lo, hi, m, body @ ..])) => {
                 let number = |text: &str| text.parse().map_err(|_| wrong(m, "seq, seqN or lanesN"));
                 let (mode, step) = match m.as_sym() {
@@ -275,7 +294,7 @@ impl Reader {
                 let accs = rest[lets..].iter().map(|s| self.acc(s, depth + 2)).collect::<Read<_>>()?;
                 Ok(Stmt::Reduce { var: self.var(v)?, lo: e(lo)?, hi: e(hi)?, body, accs })
             }
-            _ => Err(wrong(s, "a statement: let, store, for, if or reduce")),
+            _ => Err(wrong(s, "a statement: let, store, prefetch, for, if or reduce")),
         }
     }
 

@@ -128,6 +128,14 @@ impl Check<'_> {
                 self.assign(*v, ty)
             }
             Stmt::Store(buf, index, value) => self.store(*buf, index, value),
+            Stmt::Prefetch(buf, index) => {
+                self.buf(*buf)?;
+                self.expect(index, Ty::I64, "the index")?;
+                if has_load(index) {
+                    return Err("the index has a load, expected arithmetic only".to_owned());
+                }
+                Ok(())
+            }
             Stmt::For { var, lo, hi, step, mode, body } => {
                 if *step < 1 || *step > MAX_LEN as i64 {
                     return Err(format!("step {step}, expected 1..={MAX_LEN}"));
@@ -349,6 +357,7 @@ fn shallow(body: &[Stmt], depth: usize) -> bool {
         && body.iter().all(|s| match s {
             Stmt::Let(_, e) => expr(e),
             Stmt::Store(_, i, e) => expr(i) && expr(e),
+            Stmt::Prefetch(_, i) => expr(i),
             Stmt::For { lo, hi, body, .. } => expr(lo) && expr(hi) && shallow(body, depth + 1),
             Stmt::If(c, then, other) => expr(c) && shallow(then, depth + 2) && shallow(other, depth + 2),
             Stmt::Reduce { lo, hi, body, accs, .. } => {
@@ -416,7 +425,7 @@ fn spread(body: &[Stmt], varying: &mut [bool]) -> Result<bool, String> {
                 Some(_) => {}
                 None => return Err(format!("variable {} is not declared", v.0)),
             },
-            Stmt::Store(..) | Stmt::Reduce { .. } => {}
+            Stmt::Store(..) | Stmt::Prefetch(..) | Stmt::Reduce { .. } => {}
             Stmt::For { body, .. } => grown |= spread(body, varying)?,
             Stmt::If(_, then, other) => grown |= spread(then, varying)? | spread(other, varying)?,
         }
@@ -437,6 +446,17 @@ fn reads(e: &Expr, marked: &[bool]) -> bool {
     }
 }
 
+/// Whether an expression reads memory.
+fn has_load(e: &Expr) -> bool {
+    match e {
+        Expr::F32(_) | Expr::F64(_) | Expr::I32(_) | Expr::Int(_) | Expr::Var(_) => false,
+        Expr::Load(..) | Expr::Word(..) => true,
+        Expr::Un(_, a) | Expr::Cast(_, a) => has_load(a),
+        Expr::Bin(_, a, b) | Expr::Cmp(_, a, b) => has_load(a) || has_load(b),
+        Expr::Fma(a, b, c) | Expr::Dot4(a, b, c) | Expr::Select(a, b, c) => has_load(a) || has_load(b) || has_load(c),
+    }
+}
+
 /// A statement in words, without its operands.
 fn place(k: &Kernel, s: &Stmt) -> String {
     match s {
@@ -444,6 +464,7 @@ fn place(k: &Kernel, s: &Stmt) -> String {
         Stmt::Store(b, ..) => {
             format!("store to {}", k.bufs.get(b.0 as usize).map_or("?", |b| &b.name))
         }
+        Stmt::Prefetch(b, _) => format!("prefetch of {}", k.bufs.get(b.0 as usize).map_or("?", |b| &b.name)),
         Stmt::For { var, .. } => format!("loop over variable {}", var.0),
         Stmt::If(..) => "if".to_owned(),
         Stmt::Reduce { var, .. } => format!("reduction over variable {}", var.0),

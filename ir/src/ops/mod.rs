@@ -2,7 +2,11 @@
 
 use std::{error, fmt};
 
-use crate::{DType, Graph, Tensor, Type, Value, loops::Expr, lower::Lower};
+use crate::{
+    DType, Graph, Tensor, Type, Value,
+    loops::{Contract, Expr, Variant},
+    lower::Lower,
+};
 
 mod balance;
 mod binary;
@@ -52,6 +56,7 @@ mod titans_memory;
 mod unary;
 mod weighted_sum;
 mod window_attention;
+mod work;
 
 pub use self::{
     balance::Balance,
@@ -99,6 +104,7 @@ pub use self::{
     unary::{Unary, UnaryFn},
     weighted_sum::WeightedSum,
     window_attention::WindowAttention,
+    work::{Pass, Work},
 };
 
 /// Everything the project knows about one operation.
@@ -123,6 +129,31 @@ pub trait OpDef: Clone + fmt::Debug + PartialEq + Into<Op> {
 
     /// Arithmetic of one execution; traffic is counted by [`Op::cost`].
     fn flops(&self, ins: &[Type], outs: &[Type]) -> Flops;
+
+    /// What the kernel computes as a contract: equal contracts stand for equal semantics on equal operand types.
+    fn contract(&self, ins: &[Type]) -> Option<Contract> {
+        let _ = ins;
+        None
+    }
+
+    /// The operation and operand types that a contract of this operation stands for; `None` when it is not one.
+    fn of_contract(contract: &Contract) -> Option<(Self, Vec<Type>)> {
+        let _ = contract;
+        None
+    }
+
+    /// The legal ways of lowering, each once, at least one: what [`Lower::variant`] may be. All give the same bits. The first one is
+    /// a sound choice where nobody knows better.
+    fn variants(&self, ins: &[Type]) -> Vec<Variant> {
+        let _ = ins;
+        vec![Variant::default()]
+    }
+
+    /// What a variant has to do, for those who choose: one of [`OpDef::variants`].
+    fn work(&self, ins: &[Type], variant: &Variant) -> Work {
+        let (_, outs) = (variant, self.infer(ins).unwrap_or_default());
+        Work::plain(self.flops(ins, &outs), ins.iter().chain(&outs).map(Type::bytes).sum())
+    }
 
     /// Append the body of the kernel: the same semantics as [`OpDef::eval`].
     fn lower(&self, cx: &mut Lower<'_>);
@@ -342,6 +373,29 @@ macro_rules! ops {
             /// See [`OpDef::flops`].
             pub fn flops(&self, ins: &[Type], outs: &[Type]) -> Flops {
                 match self { $(Op::$Op(op) => op.flops(ins, outs)),* }
+            }
+
+            /// See [`OpDef::contract`].
+            pub fn contract(&self, ins: &[Type]) -> Option<Contract> {
+                match self { $(Op::$Op(op) => op.contract(ins)),* }
+            }
+
+            /// See [`OpDef::of_contract`].
+            pub fn of_contract(contract: &Contract) -> Option<(Op, Vec<Type>)> {
+                $(if contract.name == $Op::NAME {
+                    return $Op::of_contract(contract).map(|(op, ins)| (op.into(), ins));
+                })*
+                None
+            }
+
+            /// See [`OpDef::variants`].
+            pub fn variants(&self, ins: &[Type]) -> Vec<Variant> {
+                match self { $(Op::$Op(op) => op.variants(ins)),* }
+            }
+
+            /// See [`OpDef::work`].
+            pub fn work(&self, ins: &[Type], variant: &Variant) -> Work {
+                match self { $(Op::$Op(op) => op.work(ins, variant)),* }
             }
 
             /// See [`OpDef::lower`].

@@ -1,13 +1,20 @@
 //! Products of quantised activations with packed ternary weights: the bit contract of the integer path.
 
+mod chains;
 mod lower;
+mod tiling;
 
+use self::tiling::Tiling;
 use super::{
-    Axis, Flops, InferError, OpDef, check,
+    Axis, Flops, InferError, OpDef, Work, check,
     pack_ternary::BLOCK_ROWS,
     row_tiles::{group_of_rows, sample_offsets, sections},
 };
-use crate::{DType, Data, Tensor, Type, lower::Lower};
+use crate::{
+    DType, Data, Tensor, Type,
+    loops::{Contract, Variant},
+    lower::Lower,
+};
 
 /// `(codes i8 [.., np], scales [.., nc], then n_weights pairs (packed [G?, ceil(m / 32), np / 4, 32], alpha [m, nb] or [G, m, nb]),
 /// with grouped rows offsets i32 [S + 1])` → `n_weights` results `[.., m]`.
@@ -177,6 +184,65 @@ impl OpDef for TernaryProduct {
         Flops { float: 0, ternary: (ins[0].numel() * self.m * self.n_weights) as u64 }
     }
 
+    fn contract(&self, ins: &[Type]) -> Option<Contract> {
+        let s = self.shape(ins).ok()?;
+        let params = [
+            ("m", self.m),
+            ("np", s.np),
+            ("rows", s.rows),
+            ("group", self.group),
+            ("block", self.block),
+            ("n_weights", self.n_weights),
+            ("groups", s.groups),
+            ("scales", s.nb),
+            ("sections", if self.grouped_rows { ins.last()?.numel() - 1 } else { 0 }),
+        ];
+        let mut contract = Contract::new(Self::NAME, &params);
+        // The groups of each weight's scales.
+        let alphas = (0..self.n_weights).map(|w| ins[Self::packed(w) + 1].rows() / self.m);
+        contract.params.extend(alphas.enumerate().map(|(w, groups)| (format!("alphas{w}"), groups as i64)));
+        Some(contract)
+    }
+
+    fn of_contract(c: &Contract) -> Option<(Self, Vec<Type>)> {
+        let [m, np, rows, groups, nb] = ["m", "np", "rows", "groups", "scales"].map(|name| c.size(name));
+        let (m, np, rows, groups, nb) = (m?, np?, rows?, groups?, nb?);
+        let sections = c.size("sections")?;
+        let op = TernaryProduct {
+            m,
+            group: c.size("group")?,
+            block: c.size("block")?,
+            n_weights: c.size("n_weights")?,
+            grouped_rows: sections > 0,
+        };
+        let nc = if op.block == 0 { 1 } else { np.div_ceil(op.block) };
+        let mut ins = vec![Type::new(DType::I8, &[rows, np]), Type::f32(&[rows, nc])];
+        for w in 0..op.n_weights {
+            let alphas = c.size(&format!("alphas{w}"))?;
+            ins.push(Type::new(DType::U8, &[groups, m.div_ceil(BLOCK_ROWS), np / 4, 32]));
+            ins.push(Type::f32(&[alphas, m, nb]));
+        }
+        ins.extend(op.grouped_rows.then(|| Type::i32(&[sections + 1])));
+        // Sizes of any origin: they make a product only if they are sizes and the operation takes them.
+        let elements = |ty: &Type| ty.dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d).filter(|n| *n > 0));
+        if !ins.iter().all(|ty| elements(ty).is_some_and(|n| n <= MOST_ELEMENTS)) {
+            return None;
+        }
+        op.shape(&ins).ok()?;
+        Some((op, ins))
+    }
+
+    fn variants(&self, ins: &[Type]) -> Vec<Variant> {
+        match self.shape(ins) {
+            Ok(s) => Tiling::all(self, &s).iter().map(Tiling::variant).collect(),
+            Err(_) => vec![Variant::default()],
+        }
+    }
+
+    fn work(&self, ins: &[Type], variant: &Variant) -> Work {
+        self.shape(ins).map_or_else(|_| Work::default(), |s| Tiling::of(variant).work(self, &s))
+    }
+
     fn lower(&self, cx: &mut Lower<'_>) {
         lower::lower(self, cx);
     }
@@ -237,6 +303,9 @@ impl OpDef for TernaryProduct {
     }
 }
 
+/// Operands with more elements are not made from contracts.
+const MOST_ELEMENTS: usize = 1 << 36;
+
 /// Rows of the samples with grouped rows.
 const GROUPED_ROWS: usize = 29;
 
@@ -270,6 +339,10 @@ fn samples() -> Vec<(TernaryProduct, Vec<Type>)> {
         of(&[2, 26], 192, op(45, 64, 1), &[], 2, &[]),
         of(&[2, 17], 320, op(64, 64, 2), &[2], 1, &[2]),
         of(&[4, 1], 128, op(32, 64, 1), &[2], 1, &[]),
+        // Panels that hold a part of the columns, with and without weight groups, the last one short.
+        of(&[13], 1140, op(40, 64, 1), &[], 9, &[]),
+        of(&[2, 13], 600, op(33, 64, 2), &[2], 1, &[]),
+        of(&[GROUPED_ROWS], 640, grouped(40, 1), &[2], 5, &[1]),
         of(&[GROUPED_ROWS], 128, grouped(40, 2), &[2], 1, &[2]),
         of(&[GROUPED_ROWS], 64, grouped(20, 1), &[4], 1, &[2]),
         of(&[GROUPED_ROWS], 192, grouped(33, 1), &[5], 2, &[5]),

@@ -149,6 +149,7 @@ impl Lower<'_, '_> {
             Stmt::Let(v, e) => self.assign(*v, e),
             Stmt::Store(b, i, e) if self.lanes.is_some() => self.scatter(*b, i, e),
             Stmt::Store(b, i, e) => self.store(*b, i, e),
+            Stmt::Prefetch(..) => {}
             Stmt::For { var, lo, hi, mode: Mode::Lanes(unroll), body, .. } if self.lanes.is_none() => {
                 self.lanes_loop(*var, lo, hi, *unroll, body);
             }

@@ -30,6 +30,29 @@ fn dots() -> Kernel {
     b.finish()
 }
 
+/// Adds one to numbers and hints at others, of which the last lie far behind the buffer.
+fn hints() -> Kernel {
+    let mut b = Builder::new("hints");
+    let x = b.buf("x", DType::F32, 64, Role::In);
+    let z = b.buf("z", DType::F32, 64, Role::Out);
+    let g = b.grid(4);
+    b.prefetch(x, &g * (1 << 26) - 64);
+    b.lanes(0, 16, 1, |b, i| {
+        let at = b.bind(&g * 16 + i);
+        b.prefetch(x, &at + 16);
+        b.store(z, &at, Expr::load(x, &at) + f32c(1.0));
+    });
+    b.finish()
+}
+
+#[test]
+fn prefetches_are_emitted_once_for_all_lanes_and_never_fault() {
+    let text = disassemble(&hints(), &target("x86-64-v3")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(count(&lines, "prefetcht0"), 2, "one outside and one for two vectors of eight lanes:\n{text}");
+    crate::support::check(&hints());
+}
+
 fn target(name: &str) -> Target {
     name.parse().unwrap()
 }

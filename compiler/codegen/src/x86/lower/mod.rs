@@ -172,6 +172,10 @@ impl Lower<'_> {
             Stmt::Let(v, e) => self.assign(*v, e),
             Stmt::Store(b, i, e) if self.wide.is_some() => self.scatter(*b, i, e),
             Stmt::Store(b, i, e) => self.store(*b, i, e),
+            Stmt::Prefetch(b, i) => {
+                let m = self.address(*b, i, self.dtype(*b).size() as i64, 0);
+                self.b.push(Op::Prefetch { m });
+            }
             Stmt::For { var, lo, hi, mode: Mode::Lanes(unroll), body, .. } if self.wide.is_none() => {
                 self.lanes_loop(*var, lo, hi, *unroll, body);
             }
