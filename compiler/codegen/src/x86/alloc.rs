@@ -1,7 +1,7 @@
 //! Register allocation by linear scan.
 //!
 //! Every virtual register has one place for its whole life: a hardware register or a slot of the frame. Two that live at the same
-//! time never share one.
+//! time never share one. `split` gives what lives in the frame shorter lives elsewhere.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -9,6 +9,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use super::asm::{RBP, RSP};
 use super::flat::{Access, Class, Function, IntArg, Op, Reg, VecArg, Width};
 use super::lines::{Line, Lines};
+use super::split::Fates;
 
 /// Where a virtual register lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,13 @@ pub(super) struct Alloc {
     pub(super) frame: i32,
     /// Where 24 bytes for divisions lie.
     pub(super) divide: i32,
+    /// The registers that live in the frame and had a choice.
+    pub(super) spilled: Vec<u32>,
+    /// Whether one that is needed within one operation has no register.
+    pub(super) crowded: bool,
+    /// Where the life of each register ends, and the number of loops around its first assignment.
+    pub(super) ends: Vec<u32>,
+    pub(super) levels: Vec<u32>,
 }
 
 /// The hardware registers of the arguments.
@@ -43,6 +51,8 @@ pub(super) const VEC_SCRATCH: [u8; 2] = [15, 14];
 
 /// Integer registers in order of preference.
 const INTS: [u8; 15] = [0, 1, 2, 6, 7, 8, 9, 10, 11, 3, 12, 13, 14, 15, RBP];
+/// Uses that a write counts for when the next iteration of the loop reads it.
+const CARRIED: u64 = 5;
 const MAX_FRAME: i32 = 1 << 20;
 const NONE: u32 = u32::MAX;
 
@@ -51,13 +61,15 @@ const NONE: u32 = u32::MAX;
 struct Life {
     start: u32,
     end: u32,
+    /// Loops around its first assignment.
+    level: u32,
     /// Uses, each counting eight times more for every loop around it.
     uses: u64,
     /// Registers whose place would save a move.
     hints: [u32; 3],
 }
 
-const UNBORN: Life = Life { start: NONE, end: 0, uses: 0, hints: [NONE; 3] };
+const UNBORN: Life = Life { start: NONE, end: 0, level: 0, uses: 0, hints: [NONE; 3] };
 
 /// The hardware registers that may be used, one bit each.
 #[derive(Clone, Copy, Debug)]
@@ -73,39 +85,49 @@ impl Available {
     }
 }
 
-/// Choose a place for every virtual register.
+/// Choose a place for every virtual register. With `scratch` the registers that encoding uses for spilled operands stay free.
 ///
 /// # Errors
 /// A register is read before it is assigned, or the frame is too large.
-pub(super) fn allocate(f: &Function, lines: &Lines, available: Available) -> Result<Alloc, String> {
+pub(super) fn allocate(
+    f: &Function,
+    lines: &Lines,
+    available: Available,
+    fates: &Fates,
+    scratch: bool,
+) -> Result<Alloc, String> {
     let (lives, order) = lives(f, lines)?;
-    let mut framed = f.frame > 0 || lines.divides;
-    let mut scratch = [false; 2];
+    let mut framed = f.frame > 0 || lines.divides || fates.any_framed();
+    let mut reserved = [false; 2];
     loop {
         let mut places = vec![Place::Nowhere; lives.len()];
         let Available { ints: free, vecs: free_vecs } = available;
-        let mut ints = Scan { lives: &lives, places: &mut places, owner: [NONE; 32], free, spilled: vec![] };
+        let mut ints = Scan { lives: &lives, fates, places: &mut places, owner: [NONE; 32], free, spilled: vec![] };
         if framed {
             ints.free &= !(1 << RBP);
         }
-        if scratch[0] {
+        if reserved[0] {
             ints.free &= !INT_SCRATCH.iter().fold(0, |m, r| m | 1 << r);
         }
         let used = ints.run(f, &order, Class::Int);
         let int_slots = std::mem::take(&mut ints.spilled);
-        let mut vecs = Scan { lives: &lives, places: &mut places, owner: [NONE; 32], free: free_vecs, spilled: vec![] };
-        if scratch[1] {
+        let mut vecs =
+            Scan { lives: &lives, fates, places: &mut places, owner: [NONE; 32], free: free_vecs, spilled: vec![] };
+        if reserved[1] {
             vecs.free &= !VEC_SCRATCH.iter().fold(0, |m, r| m | 1 << r);
         }
         vecs.run(f, &order, Class::Vec);
         let vec_slots = std::mem::take(&mut vecs.spilled);
         let needs = [!int_slots.is_empty(), !vec_slots.is_empty()];
-        let more = (needs[0] && !scratch[0]) || (needs[1] && !scratch[1]);
-        if more {
+        let more = scratch && ((needs[0] && !reserved[0]) || (needs[1] && !reserved[1]));
+        if more || (!framed && (needs[0] || needs[1])) {
             framed = true;
-            scratch = [scratch[0] | needs[0], scratch[1] | needs[1]];
+            reserved = [scratch && (reserved[0] | needs[0]), scratch && (reserved[1] | needs[1])];
             continue;
         }
+        let all = || int_slots.iter().chain(&vec_slots).copied();
+        let crowded = all().any(|v| fates.brief(v));
+        let chosen: Vec<u32> = all().filter(|&v| !fates.framed(v)).collect();
         let bytes = if lines.widest == Width::Z { 64 } else { 32 };
         let mut frame = i64::from(f.frame + 63) / 64 * 64;
         for (mut spilled, bytes) in [(vec_slots, bytes), (int_slots, 8)] {
@@ -119,7 +141,16 @@ pub(super) fn allocate(f: &Function, lines: &Lines, available: Available) -> Res
             ));
         }
         let used = if framed { used & !(1 << RBP) } else { used };
-        return Ok(Alloc { places, used, frame: if framed { (frame as i32).max(8) } else { 0 }, divide });
+        return Ok(Alloc {
+            places,
+            used,
+            frame: if framed { (frame as i32).max(8) } else { 0 },
+            divide,
+            spilled: chosen,
+            crowded,
+            ends: lives.iter().map(|l| l.end).collect(),
+            levels: lives.iter().map(|l| l.level).collect(),
+        });
     }
 }
 
@@ -137,9 +168,12 @@ fn lives(f: &Function, lines: &Lines) -> Result<(Vec<Life>, Vec<u32>), String> {
                 bad = Some(r);
             }
             life.start = at;
+            life.level = loops.len() as u32;
             order.push(r.0);
         }
-        life.uses += 1 << (3 * loops.len().min(6));
+        // What one iteration hands to the next is on the path that every iteration waits for.
+        let carried = write && loops.last().is_some_and(|&(top, _)| top > life.start);
+        life.uses += (if carried { CARRIED } else { 1 }) << (3 * loops.len().min(6));
         let outer = loops.iter().find(|&&(start, _)| start > life.start);
         life.end = life.end.max(outer.map_or(at, |&(_, end)| end));
         first
@@ -227,6 +261,7 @@ fn prefer(op: &Op, reads: &[u32; 8]) -> [u32; 3] {
 /// Allocation of one class.
 struct Scan<'a> {
     lives: &'a [Life],
+    fates: &'a Fates,
     places: &'a mut [Place],
     /// The virtual register in every hardware register.
     owner: [u32; 32],
@@ -252,6 +287,10 @@ impl Scan<'_> {
                     held &= !(1 << r);
                     self.free |= 1 << r;
                 }
+            }
+            if self.fates.framed(v) {
+                self.spilled.push(v);
+                continue;
             }
             let mut chosen = self.pick(f, v, class);
             if chosen.is_none() {
@@ -298,8 +337,8 @@ impl Scan<'_> {
         let cost = |v: u32| {
             let life = &self.lives[v as usize];
             let length = life.end - life.start;
-            // Short lives are those that spilling needs registers for.
-            if length <= 3 { f64::INFINITY } else { life.uses as f64 / f64::from(length) }
+            // The shortest lives gain nothing in the frame.
+            if length <= 3 || self.fates.brief(v) { f64::INFINITY } else { life.uses as f64 / f64::from(length) }
         };
         let argument = self.lives[v as usize].start == 1;
         let mut best = (v, cost(v), None);

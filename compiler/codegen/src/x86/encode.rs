@@ -6,8 +6,13 @@ use super::alloc::{ARGS, Alloc, Available, INT_SCRATCH, Place, SAVED, allocate};
 use super::asm::{Alu, Asm, Flag, Pending, RAX, RBP, RDX, RSP, Rm, Shift};
 use super::flat::{Base, Cond, Function, IntArg, IntOp, Mem, Narrow, Op, Reg, Size, Width};
 use super::lines::{Line, flatten};
+use super::split::Fates;
 use super::{avx2, vector};
 use crate::{Feature, Target};
+
+/// Rounds of allocation that split lives, and all of them, before spilled operands get registers of their own.
+const SPLITS: u32 = 10;
+const ROUNDS: u32 = 20;
 
 /// The widest vectors of a target that [`emit`] serves.
 pub(super) fn widest(target: &Target) -> Width {
@@ -37,7 +42,7 @@ pub(super) fn emit_within(f: &mut Function, target: &Target, available: Option<A
     if f.args.len() > ARGS.len() {
         return Err(format!("the function has {} arguments, expected at most {}", f.args.len(), ARGS.len()));
     }
-    let lines = flatten(f);
+    let mut lines = flatten(f);
     let evex = widest(target) == Width::Z;
     let (vex_dot, evex_dot) = (target.has(Feature::AvxVnni), evex && target.has(Feature::Avx512Vnni));
     if lines.widest == Width::Z && !evex {
@@ -47,16 +52,32 @@ pub(super) fn emit_within(f: &mut Function, target: &Target, available: Option<A
         return Err(format!("target {target} has no fused dot products of bytes"));
     }
     let registers = if evex && (evex_dot || !lines.dots) { 32 } else { 16 };
-    let alloc = allocate(f, &lines, available.unwrap_or(Available::all(registers)))?;
-    let widest = lines.widest;
-    let asm = Asm::with_capacity(lines.lines.len() * 16 + 256);
-    let mut e = Emit { f, alloc: &alloc, asm, widest, evex, vex_dot };
-    e.enter();
-    e.body(&lines.lines)?;
-    e.leave();
-    let stride = if widest == Width::Z { 64 } else { 32 };
-    let asm = e.asm;
-    Ok(asm.finish(&f.pool, stride))
+    let available = available.unwrap_or(Available::all(registers));
+    let stride = if lines.widest == Width::Z { 64 } else { 32 };
+    let mut fates = Fates::default();
+    let mut scratch = false;
+    let mut rounds = 0;
+    loop {
+        let alloc = allocate(f, &lines, available, &fates, scratch)?;
+        rounds += 1;
+        if !scratch {
+            scratch = alloc.crowded || rounds > ROUNDS;
+            if scratch || (rounds < SPLITS && fates.split(f, &mut lines.lines, &alloc)) {
+                continue;
+            }
+        }
+        let asm = Asm::with_capacity(lines.lines.len() * 16 + 256);
+        let (widest, needy) = (lines.widest, vec![]);
+        let mut e = Emit { f, alloc: &alloc, asm, widest, evex, vex_dot, line: 0, needy };
+        e.enter();
+        e.body(&lines.lines)?;
+        e.leave();
+        let (asm, needy) = (e.asm, e.needy);
+        if needy.is_empty() || scratch {
+            return Ok(asm.finish(&f.pool, stride));
+        }
+        fates.bring_near(f, &mut lines.lines, &alloc, &needy);
+    }
 }
 
 /// The state of encoding.
@@ -70,6 +91,9 @@ pub(super) struct Emit<'a> {
     pub(super) evex: bool,
     /// Dot products with VEX prefixes are there.
     pub(super) vex_dot: bool,
+    /// The line that is encoded, and those that used scratch registers so far, in ascending order.
+    line: u32,
+    needy: Vec<u32>,
 }
 
 /// A loop or branch that is open.
@@ -145,7 +169,8 @@ impl Emit<'_> {
     fn body(&mut self, lines: &[Line]) -> Result<(), String> {
         const ORDER: &str = "loops and branches close in the order in which they open";
         let mut open = vec![];
-        for line in lines {
+        for (n, line) in lines.iter().enumerate() {
+            self.line = n as u32;
             match *line {
                 Line::Op(ref op) => self.op(op)?,
                 Line::Top { counter, end, guard, innermost, .. } => {
@@ -204,17 +229,24 @@ impl Emit<'_> {
         match self.rm(r) {
             Rm::Reg(r) => r,
             slot => {
-                self.asm.mov(true, INT_SCRATCH[n], slot);
-                INT_SCRATCH[n]
+                let r = self.scratch(INT_SCRATCH[n]);
+                self.asm.mov(true, r, slot);
+                r
             }
         }
     }
 
+    /// A scratch register, for this line.
+    pub(super) fn scratch(&mut self, r: u8) -> u8 {
+        self.needy.push(self.line);
+        r
+    }
+
     /// The register in which an integer result is made; [`Emit::keep`] follows.
-    pub(super) fn result(&self, d: Reg) -> u8 {
+    pub(super) fn result(&mut self, d: Reg) -> u8 {
         match self.place(d) {
             Place::Reg(r) => r,
-            _ => INT_SCRATCH[2],
+            _ => self.scratch(INT_SCRATCH[2]),
         }
     }
 
@@ -264,7 +296,8 @@ impl Emit<'_> {
                 (Rm::Reg(r), _) => self.asm.imm(r, x),
                 (slot, Ok(x)) => self.asm.store_imm(slot, x),
                 (_, Err(_)) => {
-                    self.asm.imm(INT_SCRATCH[2], x);
+                    let r = self.result(d);
+                    self.asm.imm(r, x);
                     self.keep(d);
                 }
             },

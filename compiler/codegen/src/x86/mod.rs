@@ -12,6 +12,7 @@ mod encode;
 mod flat;
 mod lines;
 mod lower;
+mod split;
 #[cfg(test)]
 mod tests;
 mod vector;

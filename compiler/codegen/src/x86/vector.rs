@@ -455,8 +455,9 @@ impl Emit<'_> {
         match self.rm(r) {
             Rm::Reg(r) => r,
             slot => {
-                self.load(self.widest, VEC_SCRATCH[n], slot);
-                VEC_SCRATCH[n]
+                let r = self.scratch(VEC_SCRATCH[n]);
+                self.load(self.widest, r, slot);
+                r
             }
         }
     }
@@ -466,8 +467,9 @@ impl Emit<'_> {
         match x {
             Rm::Reg(r) => r,
             _ => {
-                self.load(w, VEC_SCRATCH[1], x);
-                VEC_SCRATCH[1]
+                let r = self.scratch(VEC_SCRATCH[1]);
+                self.load(w, r, x);
+                r
             }
         }
     }
@@ -480,10 +482,10 @@ impl Emit<'_> {
     }
 
     /// The register in which a vector result is made; [`Emit::done`] follows.
-    fn made(&self, d: Reg) -> u8 {
+    fn made(&mut self, d: Reg) -> u8 {
         match self.place(d) {
             Place::Reg(r) => r,
-            _ => VEC_SCRATCH[0],
+            _ => self.scratch(VEC_SCRATCH[0]),
         }
     }
 

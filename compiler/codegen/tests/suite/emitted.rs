@@ -2,8 +2,10 @@
 
 use crate::support::product;
 use chimera_codegen::{Allowed, CodegenError, Target, assemble, compile, disassemble, host};
-use chimera_ir::DType;
 use chimera_ir::loops::{Builder, Expr, Kernel, Role, f32c, i32c};
+use chimera_ir::lower::Cluster;
+use chimera_ir::ops::{GatedDelta, Mlstm, TernaryProduct, TitansMemory, WindowAttention, packed_type};
+use chimera_ir::{DType, Type};
 
 fn one_product(m: usize, k: usize, n: usize) -> Kernel {
     let mut b = Builder::new("product");
@@ -57,19 +59,29 @@ fn target(name: &str) -> Target {
     name.parse().unwrap()
 }
 
-/// The instructions of the innermost loop: from the target of the first backward jump to that jump.
-fn innermost(text: &str) -> Vec<&str> {
+/// The instructions of every loop without another one in it: from the target of a backward jump to that jump.
+fn innermost_loops(text: &str) -> Vec<Vec<&str>> {
     let offset = |l: &str| u64::from_str_radix(l.split_whitespace().next()?, 16).ok();
     let lines: Vec<&str> = text.lines().filter(|l| !l.starts_with(';')).collect();
+    let mut loops: Vec<(usize, usize)> = vec![];
     for (n, line) in lines.iter().enumerate() {
         let mut words = line.split_whitespace().skip(1);
         let Some(to) = words.next().filter(|w| w.starts_with('j')).and(words.last()) else { continue };
         let to = u64::from_str_radix(to.trim_end_matches('h'), 16).ok();
         if let Some(first) = lines[..=n].iter().position(|l| to.is_some() && offset(l) == to) {
-            return lines[first..=n].to_vec();
+            // Loops close from the inside.
+            if loops.last().is_none_or(|&(inner, _)| inner < first) {
+                loops.push((first, n));
+            }
         }
     }
-    panic!("no loop in\n{text}")
+    assert!(!loops.is_empty(), "no loop in\n{text}");
+    loops.into_iter().map(|(first, last)| lines[first..=last].to_vec()).collect()
+}
+
+/// The first of them.
+fn innermost(text: &str) -> Vec<&str> {
+    innermost_loops(text).swap_remove(0)
 }
 
 fn count(lines: &[&str], mnemonic: &str) -> usize {
@@ -96,6 +108,46 @@ fn the_inner_loop_of_a_tile_stays_in_registers() {
     assert_eq!(count(&inner, "rsp"), 0, "{}", inner.join("\n"));
     assert!(inner.len() <= 18, "{}", inner.join("\n"));
     assert!(!text.contains(" call "), "{text}");
+}
+
+fn of_op(op: impl Into<chimera_ir::Op>, types: &[Type]) -> Kernel {
+    Cluster::single(op.into(), types).unwrap().lower()
+}
+
+/// Recurrences, attention and a product whose registers do not suffice for the whole function.
+fn under_pressure() -> Vec<Kernel> {
+    let (rows, tokens, heads, width) = (2, 128, 4, 32);
+    let x = Type::f32(&[rows, tokens, heads * width]);
+    let (gate, pos) = (Type::f32(&[rows, tokens, heads]), Type::i32(&[rows, tokens]));
+    let operands = |n: usize, gates: usize| [vec![x.clone(); n], vec![gate.clone(); gates], vec![pos.clone()]].concat();
+    let memory = vec![Type::f32(&[heads, width, width]); 2];
+    let slots = Type::f32(&[4, heads * width]);
+    let attention = [vec![x.clone(); 4], vec![slots; 2], vec![x.clone(); 2], vec![pos.clone()]].concat();
+    let (m, n, k) = (66, 256, 256);
+    let packed = packed_type(&Type::f32(&[n, k]));
+    let scales = [Type::f32(&[m, k / 64]), Type::f32(&[n, k / 128])];
+    let product = [Type::new(DType::I8, &[m, k]), scales[0].clone(), packed, scales[1].clone()];
+    vec![
+        of_op(GatedDelta { heads, chunk: 64, carry: false }, &operands(3, 2)),
+        of_op(Mlstm { heads, chunk: 64, carry: false }, &operands(3, 2)),
+        of_op(
+            TitansMemory { heads, inner: 16, normalise: true, chunked: true, carry: false },
+            &[operands(3, 3), memory].concat(),
+        ),
+        of_op(WindowAttention { heads, window: 64, carry: false }, &attention),
+        of_op(TernaryProduct { m: n, group: 128, block: 64, n_weights: 1, grouped_rows: false }, &product),
+    ]
+}
+
+#[test]
+fn innermost_loops_hold_what_they_need_in_registers() {
+    for kernel in under_pressure() {
+        let text = disassemble(&kernel, &target("x86-64-v3")).unwrap();
+        assert!(text.contains("[rsp"), "kernel {} is no test of this", kernel.name);
+        for inner in innermost_loops(&text) {
+            assert_eq!(count(&inner, "rsp"), 0, "kernel {}\n{}", kernel.name, inner.join("\n"));
+        }
+    }
 }
 
 #[test]

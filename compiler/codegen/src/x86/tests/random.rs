@@ -271,7 +271,8 @@ impl Writer {
                     out.push(Node::Loop(Box::new(Loop { counter, step: 3, end, guard, body })));
                 }
                 1 if depth < 4 => {
-                    let (cond, size, a, arg) = (CONDS[self.numbers.below(CONDS.len())], self.size(), self.int(), self.arg());
+                    let (cond, size, a, arg) =
+                        (CONDS[self.numbers.below(CONDS.len())], self.size(), self.int(), self.arg());
                     let then = self.block(b, depth + 1);
                     let other = if self.numbers.below(2) == 0 { self.block(b, depth + 1) } else { vec![] };
                     out.push(Node::Branch(Box::new(Branch { cond, size, a, b: arg, then, other })));
