@@ -152,7 +152,7 @@ impl OpDef for TitansMemory {
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {
         let (k, m) = (ins[Q].cols() / self.heads, ins[INIT].dims.iter().rev().nth(1).copied().unwrap_or(1));
-        let each = if self.chunked { 2 * (11 * k * m + 3 * self.inner * (k + m)) } else { 20 * k * m };
+        let each = if self.chunked { 2 * (11 * k * m + 2 * self.inner * (k + m)) } else { 20 * k * m };
         Flops::float(ins[Q].rows() * self.heads * (each + 40 * m))
     }
 

@@ -116,9 +116,10 @@ impl Frame<'_> {
         let (ld, k_n, m_n, base) = (sc.ld, self.k, self.m, &self.base);
         let [_, _, a1, _, _, a2] = self.state;
         let back = |_: &mut Lower<'_>, i: &Expr, j: &Expr| Expr::load(a2, base + j * m_n + i);
-        sc.product(cx, (m_n, k_n), &self.weight(a1, k_n), &sc.cols(sc.kt), None, &|cx, i, t, u| {
+        sc.product(cx, (m_n, k_n), &self.weight(a1, k_n), &sc.cols(sc.kt), None, &sc.keep(sc.zt));
+        cx.lanes(0, m_n * ld, 2, |cx, at| {
+            let u = cx.bind(Expr::load(sc.zt, &at));
             let s = math::sigmoid(cx, &u);
-            let at = cx.bind(i * ld + t);
             cx.store(sc.dt, &at, &s * (f32c(1.0) + &u * (f32c(1.0) - &s)));
             cx.store(sc.zt, at, u * s);
         });
@@ -192,10 +193,16 @@ impl Frame<'_> {
     fn reads(&self, cx: &mut Lower<'_>, sc: &Scratch, at: &Expr, n: &Expr) {
         let (ld, k_n, m_n) = (sc.ld, self.k, self.m);
         let [w1, s1, _, w2, s2, _] = self.state;
-        let scaled = |x: Buf, by: Buf| {
-            move |_: &mut Lower<'_>, j: &Expr, t: &Expr| Expr::load(x, j * ld + t) * Expr::load(by, t)
+        // Weights of the state are those of tokens, the columns, so that the product comes first.
+        let scaled = |to: Buf, by: Buf| {
+            move |cx: &mut Lower<'_>, i: &Expr, t: &Expr, x: Expr| cx.store(to, i * ld + t, x * Expr::load(by, t))
         };
-        let keep = |to: Buf| move |cx: &mut Lower<'_>, i: &Expr, t: &Expr, x: Expr| cx.store(to, i * ld + t, x);
+        let added = |to: Buf, by: Buf| {
+            move |cx: &mut Lower<'_>, i: &Expr, t: &Expr, x: Expr| {
+                let at = cx.bind(i * ld + t);
+                cx.store(to, &at, x.fma(Expr::load(by, t), Expr::load(to, &at)));
+            }
+        };
         let negated = |cx: &mut Lower<'_>, j: &Expr, t: &Expr, x: Expr| {
             let at = cx.bind(j * ld + t);
             cx.store(sc.pair, &at, -(x * Expr::load(sc.before, &at)));
@@ -203,20 +210,24 @@ impl Frame<'_> {
         let pair = sc.cols(sc.pair);
 
         sc.product(cx, (ld, k_n), &sc.rows(sc.kt), &sc.cols(sc.qt), None, &negated);
+        let input = sc.cols(sc.qt);
+        sc.product(cx, (m_n, k_n), &self.weight(w1, k_n), &input, None, &scaled(sc.ht, sc.w0));
+        sc.product(cx, (m_n, k_n), &self.weight(s1, k_n), &input, None, &added(sc.ht, sc.s0));
         let hidden = sc.cols(sc.ht);
-        sc.product(cx, (m_n, k_n), &self.weight(w1, k_n), &scaled(sc.qt, sc.w0), None, &keep(sc.ht));
-        sc.product(cx, (m_n, k_n), &self.weight(s1, k_n), &scaled(sc.qt, sc.s0), Some(&hidden), &keep(sc.ht));
-        sc.product(cx, (m_n, ld), &sc.cols(sc.dt), &pair, Some(&hidden), &|cx, i, t, x| {
-            let h = math::silu(cx, x);
-            cx.store(sc.ht, i * ld + t, h);
+        sc.product(cx, (m_n, ld), &sc.cols(sc.dt), &pair, Some(&hidden), &sc.keep(sc.ht));
+        cx.lanes(0, m_n * ld, 2, |cx, at| {
+            let h = math::silu(cx, Expr::load(sc.ht, &at));
+            cx.store(sc.ht, at, h);
         });
 
-        sc.product(cx, (ld, m_n), &sc.rows(sc.zt), &sc.cols(sc.ht), None, &negated);
+        sc.product(cx, (ld, m_n), &sc.rows(sc.zt), &hidden, None, &negated);
         let read = sc.cols(sc.ot);
-        let input = sc.cols(sc.qt);
-        sc.product(cx, (k_n, m_n), &self.weight(w2, m_n), &scaled(sc.ht, sc.w0), Some(&input), &keep(sc.ot));
-        sc.product(cx, (k_n, m_n), &self.weight(s2, m_n), &scaled(sc.ht, sc.s0), Some(&read), &keep(sc.ot));
-        sc.product(cx, (k_n, ld), &sc.cols(sc.rt), &pair, Some(&read), &keep(sc.ot));
+        sc.product(cx, (k_n, m_n), &self.weight(w2, m_n), &hidden, None, &scaled(sc.ot, sc.w0));
+        sc.product(cx, (k_n, m_n), &self.weight(s2, m_n), &hidden, None, &added(sc.ot, sc.s0));
+        sc.product(cx, (k_n, ld), &sc.cols(sc.rt), &pair, Some(&read), &|cx, i, t, x| {
+            let at = cx.bind(i * ld + t);
+            cx.store(sc.ot, &at, x + Expr::load(sc.qt, &at));
+        });
         cx.each(0, n.clone(), |cx, t| {
             let to = cx.bind(at + &t * (self.op.heads * k_n));
             cx.lanes(0, k_n, 1, |cx, i| cx.put(0, &to + &i, Expr::load(sc.ot, i * ld + &t)));
@@ -284,6 +295,12 @@ impl Scratch {
     fn rows(&self, x: Buf) -> impl Fn(&mut Lower<'_>, &Expr, &Expr) -> Expr + use<> {
         let ld = self.ld;
         move |_, t, i| Expr::load(x, i * ld + t)
+    }
+
+    /// Stores element `(i, t)` of a matrix whose columns are tokens.
+    fn keep(&self, to: Buf) -> impl Fn(&mut Lower<'_>, &Expr, &Expr, Expr) + use<> {
+        let ld = self.ld;
+        move |cx, i, t, x| cx.store(to, i * ld + t, x)
     }
 
     /// `store(i, t, init(i, t) + sum over j < k of a(i, j) b(j, t))` for `i < m` and all columns `t`.

@@ -150,9 +150,10 @@ impl Lower<'_> {
 
     /// The address of element `index` of `unit` bytes, with room for `reach` more bytes in both directions.
     pub(super) fn address(&mut self, buf: Buf, index: &Expr, unit: i64, reach: i64) -> Mem {
-        let l = self.linear(index).times(unit);
+        let mut l = self.linear(index).times(unit);
         let mut terms = self.ordered(&l);
-        let mut base = self.base(buf);
+        let (mut base, offset) = self.base(buf);
+        l.konst = l.konst.wrapping_add(offset);
         let last = terms.pop();
         if let Some(sum) = self.add_terms(Some(base), &terms) {
             base = sum;

@@ -141,15 +141,15 @@ impl Lower<'_> {
         self.kernel.vars[v.0 as usize]
     }
 
-    /// The address of a buffer.
-    fn base(&mut self, buf: chimera_ir::loops::Buf) -> Reg {
+    /// The address of a buffer: a register, and bytes from there. Buffers in scratch memory share the register.
+    fn base(&mut self, buf: chimera_ir::loops::Buf) -> (Reg, i64) {
         match self.places[buf.0 as usize] {
             Place::Arg(n) => {
                 let m = Mem { base: Base::Reg(self.table), index: None, disp: 8 * n as i32 };
                 // The table never changes, so its loads are shared like computations.
-                self.b.pure(Class::Int, Op::IntLoad { d: NEW, m, size: Size::W64, narrow: None })
+                (self.b.pure(Class::Int, Op::IntLoad { d: NEW, m, size: Size::W64, narrow: None }), 0)
             }
-            Place::Scratch(at) => self.b.further(self.scratch, at as i64),
+            Place::Scratch(at) => (self.scratch, at as i64),
         }
     }
 
