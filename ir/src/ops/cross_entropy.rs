@@ -196,7 +196,7 @@ impl OpDef for CrossEntropy {
                 row_tiles(cx, [&lo, &hi], known, TILE, &|cx, row, rows| {
                     let x0 = cx.b.bind(row * n);
                     let to = cx.b.bind((row - &lo) * WIDTH + &to);
-                    panel_product(cx, (h, &x0), (panels, &p0), [rows, n, PANEL], &|cx, r, lane, z| {
+                    panel_product(cx, (h, &x0), (panels, &p0), [rows, 1, n, PANEL], &|cx, r, _, lane, z| {
                         cx.b.store(block.z, &to + lane + r * WIDTH, z);
                     });
                 });

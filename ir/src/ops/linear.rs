@@ -92,41 +92,53 @@ impl OpDef for Linear {
         let groups = groups(cx.ty(1));
         // A weight of few rows fills a part of its only panel; more rows of the operand fill the registers instead.
         let width = if self.m <= PANEL / 2 { self.m.next_multiple_of(4) } else { PANEL };
-        let tile = TILE * PANEL / width;
+        let tile = if width < PANEL { 2 * TILE } else { TILE };
         let extent = if self.grouped_rows { rows } else { rows / groups };
+        // As few rows leave registers for several panels.
+        let span = match extent {
+            1 => 4,
+            2 | 3 => 2,
+            _ => 1,
+        };
+        let span = all.min(span);
         let height = extent.div_ceil(extent.div_ceil(ROWS)).next_multiple_of(tile);
         let work = rows / extent * extent.div_ceil(height) * all;
         let (x, panels) = (cx.buf(0), cx.buf(1));
-        let out = cx.b.scratch("tile", DType::F32, tile * PANEL);
+        let out = cx.b.scratch("tile", DType::F32, tile.max(span) * PANEL);
         let instances = Instances {
             rows,
             groups,
             offsets: self.grouped_rows.then(|| (cx.buf(2), (cx.ty(2).numel() - 1) / groups)),
             height,
             blocks: all,
-            chunk: (work / INSTANCES).clamp(1, all),
+            chunk: (work / INSTANCES).max(1).next_multiple_of(span).min(all),
         };
         instances.emit(cx, &|_, _, _| {}, &|cx, part| {
             let [first, end] = part.blocks;
-            cx.each(first, end, |cx, p| {
+            let panel = |cx: &mut Lower<'_>, p: Expr, span: usize| {
                 let p0 = cx.b.bind((part.group * all + &p) * (n * PANEL));
                 let col = cx.b.bind(p * PANEL);
-                let count = cx.b.bind((int(self.m) - &col).min(int(PANEL)));
+                let count = cx.b.bind((int(self.m) - &col).min(int(span * PANEL)));
                 // A tile of more rows than there are would reach beyond them.
                 row_tiles(cx, part.rows, part.known, tile.min(rows), &|cx, row, rows| {
                     let x0 = cx.b.bind(row * n);
-                    panel_product(cx, (x, &x0), (panels, &p0), [rows, n, width], &|cx, r, lane, y| {
-                        cx.b.store(out, lane + r * PANEL, y);
+                    panel_product(cx, (x, &x0), (panels, &p0), [rows, span, n, width], &|cx, r, q, lane, y| {
+                        cx.b.store(out, lane + (r * span + q) * PANEL, y);
                     });
                     for r in 0..rows {
                         let row = cx.b.bind(row + r);
                         cx.lanes(0, count.clone(), 2, |cx, l| {
-                            let y = Expr::load(out, &l + r * PANEL);
+                            let y = Expr::load(out, &l + r * span * PANEL);
                             cx.push(&row, &(&col + l), &[(0, y)]);
                         });
                     }
                 });
-            });
+            };
+            let full = cx.b.bind(first + (end - first) / span * span);
+            cx.each_step(first, &full, span, |cx, p| panel(cx, p, span));
+            if span > 1 {
+                cx.each(&full, end, |cx, p| panel(cx, p, 1));
+            }
         });
     }
 

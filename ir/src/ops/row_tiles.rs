@@ -9,8 +9,8 @@ use crate::{
     lower::Lower,
 };
 
-/// Rows of a register tile: three rows by one panel of four portable vectors keep all accumulators in 16 registers.
-pub(super) const TILE: usize = 3;
+/// Rows of a register tile: six rows by two vectors of a panel, what is loaded of it and one element of a row fill 16 registers.
+pub(super) const TILE: usize = 6;
 
 /// How a product of grouped rows with blocks of weight rows becomes independent instances.
 #[derive(Clone, Copy, Debug)]
@@ -145,25 +145,29 @@ pub(super) fn row_tiles(
     }
 }
 
-/// `rows` rows of `x`, each of `n` elements from index `x0` on, times the panel from index `p0` on: `store(cx, r, lane, value)`
-/// receives `sum_k x[r, k] * panel[k, lane]` for the lanes below `width`, a multiple of four.
+/// `rows` rows of `x`, each of `n` elements from index `x0` on, times `span` panels from index `p0` on: `store(cx, r, q, lane, value)`
+/// receives `sum_k x[r, k] * panel[q, k, lane]` for the lanes below `width`, a multiple of four.
 pub(super) fn panel_product(
     cx: &mut Lower<'_>,
     (x, x0): (Buf, &Expr),
     (panels, p0): (Buf, &Expr),
-    [rows, n, width]: [usize; 3],
-    store: &dyn Fn(&mut Lower<'_>, usize, &Expr, Expr),
+    [rows, span, n, width]: [usize; 4],
+    store: &dyn Fn(&mut Lower<'_>, usize, usize, &Expr, Expr),
 ) {
-    cx.lanes(0, width, (width / 4) as u8, |cx, lane| {
-        let accs: Vec<_> = (0..rows).map(|_| cx.b.local(f32c(0.0))).collect();
+    cx.lanes(0, width, 2, |cx, lane| {
+        let accs: Vec<Vec<_>> = (0..span).map(|_| (0..rows).map(|_| cx.b.local(f32c(0.0))).collect()).collect();
         cx.each(0, n, |cx, k| {
-            let w = cx.b.bind(Expr::load(panels, p0 + &k * PANEL + &lane));
-            for (r, &acc) in accs.iter().enumerate() {
-                cx.b.set(acc, Expr::load(x, x0 + &k + r * n).fma(&w, acc));
+            for (q, accs) in accs.iter().enumerate() {
+                let w = cx.b.bind(Expr::load(panels, p0 + &k * PANEL + &lane + q * n * PANEL));
+                for (r, &acc) in accs.iter().enumerate() {
+                    cx.b.set(acc, Expr::load(x, x0 + &k + r * n).fma(&w, acc));
+                }
             }
         });
-        for (r, acc) in accs.into_iter().enumerate() {
-            store(cx, r, &lane, acc.into());
+        for (q, accs) in accs.into_iter().enumerate() {
+            for (r, acc) in accs.into_iter().enumerate() {
+                store(cx, r, q, &lane, acc.into());
+            }
         }
     });
 }
