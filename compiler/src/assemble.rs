@@ -16,6 +16,7 @@ use crate::{
     fuse::{Decisions, Item, Run},
     memory::{self, ALIGN, Request},
     passes::hoist::DERIVED,
+    tuning::Tuning,
 };
 
 /// Below this many operations plus bytes a kernel runs on the calling thread: starting the others costs more.
@@ -26,6 +27,7 @@ const SPLIT_WORK: u64 = 20_000;
 pub(crate) struct Assembler<'a> {
     plan: Plan,
     kinds: &'a HashMap<String, WeightKind>,
+    tuning: Tuning,
     kernels: HashMap<String, KernelId>,
     weights: HashMap<String, BufferId>,
     states: HashMap<String, BufferId>,
@@ -34,10 +36,10 @@ pub(crate) struct Assembler<'a> {
 }
 
 impl<'a> Assembler<'a> {
-    pub(crate) fn new(plan: Plan, kinds: &'a HashMap<String, WeightKind>) -> Assembler<'a> {
+    pub(crate) fn new(plan: Plan, kinds: &'a HashMap<String, WeightKind>, tuning: Tuning) -> Assembler<'a> {
         let maps = (HashMap::new(), HashMap::new(), HashMap::new(), HashMap::new());
         let (kernels, weights, states, inputs) = maps;
-        Assembler { plan, kinds, kernels, weights, states, inputs, decisions: BTreeMap::new() }
+        Assembler { plan, kinds, tuning, kernels, weights, states, inputs, decisions: BTreeMap::new() }
     }
 
     pub(crate) fn finish(mut self) -> Plan {
@@ -107,7 +109,9 @@ impl<'a> Assembler<'a> {
             return id;
         }
         let id = KernelId(self.plan.kernels.len() as u32);
-        let mut kernel = run.cluster.lower();
+        let anchor = &run.cluster.nodes[run.cluster.anchor].op;
+        let (variant, _) = self.tuning.choose(anchor, &run.cluster.anchor_types());
+        let mut kernel = run.cluster.with_variant(&variant).lower();
         kernel.name = format!("{}#{}", kernel.name, id.0);
         self.plan.kernels.push(kernel);
         self.kernels.insert(key, id);

@@ -9,6 +9,7 @@ pub mod memory;
 pub mod passes;
 pub mod pipeline;
 mod rebuild;
+pub mod tuning;
 pub mod update;
 
 pub use fuse::Decisions;

@@ -26,6 +26,7 @@ use crate::{
         hoist::Prepare,
     },
     rebuild::sweep,
+    tuning::{self, Table, Tuning},
     update::{self, Target, UpdateRule},
 };
 
@@ -109,6 +110,24 @@ pub struct Options {
     pub dump: Option<PathBuf>,
     /// The number of rewrites that passes may do.
     pub max_rewrites: u64,
+    /// What was measured; it counts only where it [fits](Table::fits).
+    pub tuning: Option<Table>,
+    /// Threads that kernels are laid out for; any number may run them.
+    pub threads: usize,
+}
+
+impl Options {
+    /// What decides among the variants of kernels.
+    ///
+    /// # Errors
+    /// A target that nobody knows.
+    pub fn tuning(&self) -> Result<Tuning, CompileError> {
+        let target: chimera_codegen::Target =
+            self.target.parse().map_err(|e: chimera_codegen::TargetError| CompileError::Option(e.to_string()))?;
+        let table = self.tuning.clone().filter(|t| t.fits(&target.to_string()).is_ok());
+        let threads = table.as_ref().map_or(self.threads, |t| t.threads);
+        Ok(Tuning { table, target, threads })
+    }
 }
 
 impl Default for Options {
@@ -121,6 +140,8 @@ impl Default for Options {
             stop_after: None,
             dump: None,
             max_rewrites: u64::MAX,
+            tuning: None,
+            threads: tuning::THREADS,
         }
     }
 }
@@ -309,7 +330,7 @@ fn stages(
         entries.insert(0, ("prepare", prepare, (0, 0)));
     }
     stages.stop("hoist")?;
-    let mut assembler = Assembler::new(plan, kinds);
+    let mut assembler = Assembler::new(plan, kinds, options.tuning()?);
     for (name, g, shared) in entries {
         let mut decisions = Decisions::new();
         let items = fuse(&g, &mut stages.budget, &mut decisions);

@@ -12,6 +12,30 @@ pub fn host() -> Target {
     *HOST.get_or_init(probe)
 }
 
+/// The name of the processor of this machine, as it calls itself: people read it, and figures measured on one are not those of another.
+#[cfg(target_arch = "x86_64")]
+pub fn processor() -> String {
+    use std::arch::x86_64::__cpuid;
+    let mut name = vec![];
+    if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
+        for leaf in 0x8000_0002..=0x8000_0004u32 {
+            let x = __cpuid(leaf);
+            name.extend([x.eax, x.ebx, x.ecx, x.edx].into_iter().flat_map(u32::to_le_bytes));
+        }
+    }
+    let signature = __cpuid(1).eax;
+    let name = String::from_utf8_lossy(&name);
+    let words: Vec<&str> = name.split(|c: char| c == '\0' || c.is_whitespace()).filter(|w| !w.is_empty()).collect();
+    // Virtual machines hide the model in the name; the signature has family, model and stepping.
+    format!("{} ({signature:x})", words.join(" "))
+}
+
+/// The name of the processor of this machine.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn processor() -> String {
+    std::env::consts::ARCH.to_owned()
+}
+
 #[cfg(target_arch = "x86_64")]
 fn probe() -> Target {
     use Feature::*;

@@ -12,11 +12,13 @@ mod module;
 mod portable;
 mod shape;
 mod target;
+mod trial;
 mod walk;
 mod x86;
 
 pub use emitter::{Allowed, Code, Emitter, Refusal, emitters};
-pub use host::host;
+pub use host::{host, processor};
 pub use inspect::{assemble, disassemble};
 pub use module::{CodegenError, Compiled, Entry, Module, compile};
 pub use target::{Arch, Feature, Target, TargetError};
+pub use trial::{Trial, TrialError};

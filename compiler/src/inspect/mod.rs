@@ -12,6 +12,7 @@ mod memory;
 mod model;
 mod summary;
 mod table;
+mod why;
 
 pub use dot::dot;
 pub use entries::{EntryReport, Port, Shared, entries};
@@ -21,3 +22,4 @@ pub use kernels::{Argument, KernelReport, KernelRow, UnknownKernel, find_kernel,
 pub use memory::{EntryMemory, Living, MemoryReport, memory};
 pub use model::{ClaimRow, ModelReport, NotYetRow, PartRow, StreamRow, model};
 pub use summary::{Component, DecisionReport, DecisionRow, PlanReport, StateRow, decisions, summary};
+pub use why::{CandidateRow, Choice, WhyReport, why};

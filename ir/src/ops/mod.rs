@@ -210,6 +210,11 @@ pub trait OpDef: Clone + fmt::Debug + PartialEq + Into<Op> {
         random_tensor(ty, random)
     }
 
+    /// Operand `k` of `ins` for a measurement: as a sample, but typical in what decides how much work there is.
+    fn typical_input(&self, k: usize, ins: &[Type], random: &mut dyn FnMut() -> f32) -> Tensor {
+        self.sample_input(k, &ins[k], random)
+    }
+
     /// Instances and operand types that [`OpDef::infer`] must refuse.
     fn rejects() -> Vec<(Self, Vec<Type>)>;
 }
@@ -446,6 +451,11 @@ macro_rules! ops {
             /// See [`OpDef::sample_input`].
             pub fn sample_input(&self, k: usize, ty: &Type, random: &mut dyn FnMut() -> f32) -> Tensor {
                 match self { $(Op::$Op(op) => op.sample_input(k, ty, random)),* }
+            }
+
+            /// See [`OpDef::typical_input`].
+            pub fn typical_input(&self, k: usize, ins: &[Type], random: &mut dyn FnMut() -> f32) -> Tensor {
+                match self { $(Op::$Op(op) => op.typical_input(k, ins, random)),* }
             }
 
             /// Every sample of every operation.

@@ -281,6 +281,15 @@ impl OpDef for TernaryProduct {
         Tensor { ty: ty.clone(), data }
     }
 
+    fn typical_input(&self, k: usize, ins: &[Type], random: &mut dyn FnMut() -> f32) -> Tensor {
+        if !self.grouped_rows || k + 1 < ins.len() {
+            return self.sample_input(k, &ins[k], random);
+        }
+        // Sections of equal length.
+        let (n, rows) = (ins[k].numel(), ins[0].rows());
+        Tensor::i32(&[n], (0..n).map(|s| (s * rows / (n - 1)) as i32).collect())
+    }
+
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let (op, ins) = samples().remove(0);
         let swap = |k: usize, ty: Type| {

@@ -78,6 +78,17 @@ fn is_plan(path: &Path) -> bool {
         && (first.starts_with(BINARY) || first.starts_with(TEXT) || path.extension().is_some_and(|e| e == "plan"))
 }
 
+/// The text of a file of at most `most` bytes.
+pub(crate) fn read_text(path: &Path, most: u64) -> Result<String, Failure> {
+    let unreadable = |e: io::Error| Failure::new(format!("cannot read {}: {e}", path.display()));
+    let mut bytes = vec![];
+    File::open(path).map_err(unreadable)?.take(most + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 > most {
+        return Err(Failure::corrupted(format!("{}: the file is larger than {most} bytes", path.display())));
+    }
+    String::from_utf8(bytes).map_err(|e| Failure::corrupted(format!("{}: {e}", path.display())))
+}
+
 fn read_plan(path: &Path) -> Result<Plan, Failure> {
     let corrupted = |why: &dyn std::fmt::Display| Failure::corrupted(format!("{}: {why}", path.display()));
     let unreadable = |e: io::Error| Failure::new(format!("cannot read {}: {e}", path.display()));

@@ -5,6 +5,7 @@
 use std::fmt::Write;
 
 use chimera_codegen::{Target, disassemble};
+use chimera_compiler::tuning::{self, Tuning};
 use chimera_compiler::{compile_observed, inspect};
 use chimera_frontends::config::Loaded;
 use chimera_ir::plan::{Entry, Plan};
@@ -22,6 +23,7 @@ const EXAMPLES: &str = "Examples:
   chimerac inspect nano.plan --section fusion,memory --json
   chimerac inspect examples/configs/nano.json --section graph --entries dual_loss
   chimerac inspect nano.plan --asm 3 --target x86-64-v3
+  chimerac inspect nano.plan --why --tuning tuning.json
   chimerac inspect nano.plan --dot=decode | dot -Tsvg > decode.svg";
 
 /// A section of the report.
@@ -72,6 +74,9 @@ pub(crate) struct Args {
     /// Print the machine code of a kernel (name or index) instead
     #[arg(long, env = "CHIMERA_ASM", value_name = "KERNEL", conflicts_with = "dot")]
     asm: Option<String>,
+    /// Print why each kernel is lowered the way it is instead: candidates, predicted and measured times, refusals
+    #[arg(long, env = "CHIMERA_WHY", value_parser = FalseyValueParser::new(), conflicts_with_all = ["asm", "dot"])]
+    why: bool,
     /// Print the steps of an entry point (of all when none is named) in the DOT language instead
     #[arg(long, env = "CHIMERA_DOT", value_name = "ENTRY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     dot: Option<String>,
@@ -95,6 +100,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     if let Some(name) = &args.dot {
         return dot(&subject.plan, name, args.common.json);
+    }
+    if args.why {
+        return why(&subject.plan, args);
     }
     if let Some(name) = &args.entry {
         entry(&subject.plan, name)?;
@@ -145,6 +153,15 @@ fn asm(plan: &Plan, wanted: &str, args: &Args) -> Result<(), Failure> {
         true => print_json(&json!({ "kernel": kernel.name, "target": target.to_string(), "text": text })),
         false => print(&text),
     }
+}
+
+fn why(plan: &Plan, args: &Args) -> Result<(), Failure> {
+    let target = target(plan, args)?;
+    let table = args.build.table(&target)?;
+    let threads = table.as_ref().map_or(tuning::THREADS, |t| t.threads);
+    let report = inspect::why(plan, &Tuning { table, target, threads });
+    let (text, value) = both(&report, args.verbose)?;
+    if args.json { print_json(&value) } else { print(&text) }
 }
 
 fn dot(plan: &Plan, name: &str, json: bool) -> Result<(), Failure> {

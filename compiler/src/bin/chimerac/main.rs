@@ -9,6 +9,7 @@ mod inspect;
 mod keys;
 mod options;
 mod output;
+mod tune;
 
 use clap::{Parser, Subcommand};
 use options::Failure;
@@ -35,6 +36,8 @@ enum Command {
     Compile(Box<compile::Args>),
     /// Show what is in a plan, or in the plan of a configuration
     Inspect(Box<inspect::Args>),
+    /// Measure the variants of the kernels of a plan or configuration
+    Tune(Box<tune::Args>),
     /// Print the JSON Schema of configurations
     Schema(keys::SchemaArgs),
     /// List all configuration keys: type, default, and what becomes of them
@@ -45,6 +48,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Schema(args) => keys::schema(&args),
         Command::Keys(args) => keys::run(&args),
     }

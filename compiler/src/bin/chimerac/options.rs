@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use chimera_codegen::Target;
+use chimera_compiler::tuning::Table;
 use chimera_compiler::{CompileError, EntryKind, EntrySpec, Options, Scheme, UpdateRule};
 use chimera_frontends::config::{
     ConfigError, ModelConfig, Overrides, ParamKind, Scale, Vocabulary, VocabularyError, expert_stack, parameters,
@@ -15,6 +16,12 @@ use chimera_frontends::config::{
 use chimera_frontends::layers::Depth;
 use chimera_ir::ops::Distribution;
 use clap::{ValueEnum, builder::FalseyValueParser};
+
+use crate::input;
+use crate::output::note;
+
+/// Larger files are not tuning tables.
+const MAX_TABLE_BYTES: u64 = 1 << 26;
 
 /// Why a command ends, and its exit code.
 #[derive(Debug)]
@@ -262,6 +269,9 @@ pub(crate) struct BuildArgs {
     /// For packed ternary weights, as chimera-run pack writes them: codes in place of latents; forward passes only
     #[arg(long, env = "CHIMERA_PACKED", value_parser = FalseyValueParser::new())]
     pub(crate) packed: bool,
+    /// Choose the variants of kernels by this table, which chimerac tune has made on this machine
+    #[arg(long, env = "CHIMERA_TUNING", value_name = "TABLE")]
+    pub(crate) tuning: Option<PathBuf>,
     /// Let the compiler do at most so many rewrites, to find a wrong one
     #[arg(long, env = "CHIMERA_MAX_REWRITES", value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
     pub(crate) max_rewrites: u64,
@@ -329,8 +339,21 @@ impl BuildArgs {
             trainable: self.trainable(model)?,
             packed: self.packed(model),
             max_rewrites: self.max_rewrites,
+            tuning: self.table(&self.target())?,
             ..Options::default()
         })
+    }
+
+    /// The tuning table, if there is one and it is for this machine and target; another one is left out with a warning.
+    pub(crate) fn table(&self, target: &Target) -> Result<Option<Table>, Failure> {
+        let Some(path) = &self.tuning else { return Ok(None) };
+        let text = input::read_text(path, MAX_TABLE_BYTES)?;
+        let table = Table::from_json(&text).map_err(|e| Failure::corrupted(format!("{}: {e}", path.display())))?;
+        if let Err(why) = table.fits(&target.to_string()) {
+            note(&format!("warning: {}: {why}; the cost model chooses", path.display()));
+            return Ok(None);
+        }
+        Ok(Some(table))
     }
 
     fn depth(&self, model: &ModelConfig) -> Result<Option<Depth>, Failure> {
