@@ -70,30 +70,41 @@ pub fn latest(folder: &Path) -> Result<Option<PathBuf>, TrainError> {
     Ok(steps(folder)?.last().map(|&step| path_of(folder, step)))
 }
 
-/// Writes the checkpoint of `meta.progress.step` and removes all but the newest `keep` checkpoints.
+/// Writes the checkpoint of `meta.progress.step` and removes all but the oldest, with which the journal begins, and the newest `keep`.
 ///
 /// # Errors
 /// When it cannot be written; the checkpoints that were there are then unchanged.
 pub fn save(folder: &Path, exec: &Executable, meta: &Meta, keep: usize) -> Result<PathBuf, TrainError> {
     fs::create_dir_all(folder).map_err(|source| TrainError::Io { path: Some(folder.to_path_buf()), source })?;
     let path = path_of(folder, meta.progress.step);
-    let weights = &exec.plan().weights;
-    let values: Vec<Cow<'_, [f32]>> = weights.iter().map(|w| exec.weight_f32(&w.name)).collect::<Result<_, _>>()?;
-    let tensors: Vec<Entry<'_>> =
-        weights.iter().zip(&values).map(|(w, v)| Entry::f32(&w.name, &w.ty.dims, v)).collect();
-    let p = &meta.progress;
-    let progress = json!({ "step": p.step, "position": p.position, "ema": p.ema, "seconds": p.seconds }).to_string();
-    let values = [FORMAT, &meta.config, &meta.vocab, &meta.options, &meta.data, &progress];
-    let metadata: BTreeMap<String, String> = KEYS.iter().zip(values).map(|(k, v)| ((*k).into(), v.into())).collect();
-    b158::write(&path, &tensors, &metadata)?;
+    write(&path, exec, meta)?;
     let steps = steps(folder)?;
-    for step in &steps[..steps.len().saturating_sub(keep.max(1))] {
+    for step in steps.get(1..steps.len().saturating_sub(keep.max(1))).unwrap_or_default() {
         let old = path_of(folder, *step);
         if old != path {
             fs::remove_file(&old).map_err(|source| TrainError::Io { path: Some(old), source })?;
         }
     }
     Ok(path)
+}
+
+/// Writes a checkpoint to any place.
+///
+/// # Errors
+/// When it cannot be written; a file that was there is then unchanged.
+pub fn write(path: &Path, exec: &Executable, meta: &Meta) -> Result<(), TrainError> {
+    let weights = &exec.plan().weights;
+    let values: Vec<Cow<'_, [f32]>> = weights.iter().map(|w| exec.weight_f32(&w.name)).collect::<Result<_, _>>()?;
+    let tensors: Vec<Entry<'_>> =
+        weights.iter().zip(&values).map(|(w, v)| Entry::f32(&w.name, &w.ty.dims, v)).collect();
+    let p = &meta.progress;
+    let progress = json!({
+        "step": p.step, "position": p.position, "ema": p.ema, "lowest": p.lowest, "seconds": p.seconds, "rollbacks": p.rollbacks
+    });
+    let progress = progress.to_string();
+    let values = [FORMAT, &meta.config, &meta.vocab, &meta.options, &meta.data, &progress];
+    let metadata: BTreeMap<String, String> = KEYS.iter().zip(values).map(|(k, v)| ((*k).into(), v.into())).collect();
+    Ok(b158::write(path, &tensors, &metadata)?)
 }
 
 /// The metadata of a weight file if it is a checkpoint; `None` for weights of another origin.
@@ -121,7 +132,9 @@ pub fn meta(file: &WeightFile) -> Result<Option<Meta>, TrainError> {
         return Err(bad("the progress has no numbers `step` and `position`; the file is damaged".into()));
     };
     let float = |key: &str| progress.get(key).and_then(Value::as_f64);
-    let progress = Progress { step, position, ema: float("ema"), seconds: float("seconds").unwrap_or(0.0) };
+    let rollbacks = number("rollbacks").and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    let (ema, lowest, seconds) = (float("ema"), float("lowest"), float("seconds").unwrap_or(0.0));
+    let progress = Progress { step, position, ema, lowest, seconds, rollbacks };
     Ok(Some(Meta {
         config: text("config")?,
         vocab: text("vocab")?,
@@ -158,7 +171,8 @@ mod tests {
     }
 
     fn some_meta(step: u64) -> Meta {
-        let progress = Progress { step, position: 7 * step, ema: Some(0.1 + 0.2), seconds: 1.5 };
+        let progress =
+            Progress { step, position: 7 * step, ema: Some(0.1 + 0.2), lowest: Some(0.1), seconds: 1.5, rollbacks: 2 };
         let text = |s: &str| s.to_owned();
         Meta { config: text("{}"), vocab: text("v"), options: text("{\"lr\":0.1}"), data: text("d"), progress }
     }
@@ -180,7 +194,11 @@ mod tests {
         for step in [3, 10, 20] {
             save(&at, &exec, &some_meta(step), 2).expect("saved");
         }
-        assert_eq!(steps(&at).expect("listed"), [10, 20]);
+        assert_eq!(steps(&at).expect("listed"), [3, 10, 20], "the oldest stays");
+        save(&at, &exec, &some_meta(21), 1).expect("saved");
+        assert_eq!(steps(&at).expect("listed"), [3, 21]);
+        fs::remove_file(path_of(&at, 21)).expect("removed");
+        save(&at, &exec, &some_meta(20), 1).expect("saved");
         let path = latest(&at).expect("listed").expect("there is one");
         assert!(path.ends_with("step-00000020.b158"), "{path:?}");
         let file = WeightFile::open(&path).expect("opened");

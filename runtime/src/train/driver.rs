@@ -1,16 +1,29 @@
 //! The loop around the steps: data, learning rate, measurement, checkpoints, and when to stop.
 //!
-//! Invariant: what a step does depends on the progress before it alone; stopping after any step and resuming from the checkpoint
-//! changes nothing.
+//! Invariant: what a step does depends on the progress before it alone; stopping after any step and resuming from what is on disk
+//! changes nothing. A step is in the journal before the next one begins.
 
 use super::TrainError;
 use super::checkpoint::{self, Meta};
+use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
 use super::schedule::Schedule;
-use super::step::Trainer;
-use crate::text::{Batches, TokenStream, Vocab};
+use super::step::{Probed, Trainer};
+use super::watch::{MemoryWatch, explodes, is_calm};
+use super::weights::WeightFile;
+use crate::files::FileError;
+use crate::generate::{Generator, Settings};
+use crate::text::{Batch, Batches, LossTally, StreamDecoder, TokenStream, Vocab};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+/// Where no number of steps is given, checkpoints are so far apart.
+const SAVE_EVERY: Duration = Duration::from_secs(600);
+/// The learning rate of a run that went back to a checkpoint, as a share of the one before.
+const CAUTION: f64 = 0.5;
+/// Most returns to one checkpoint.
+const MAX_RETURNS: u32 = 6;
 
 /// How far a run is.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -21,8 +34,12 @@ pub struct Progress {
     pub position: u64,
     /// Moving average of the loss.
     pub ema: Option<f64>,
+    /// The lowest that this average was.
+    pub lowest: Option<f64>,
     /// Time spent in steps.
     pub seconds: f64,
+    /// Times that the run went back to a checkpoint; each one halves the learning rate of what follows.
+    pub rollbacks: u32,
 }
 
 /// When a run is over: at whichever comes first.
@@ -59,12 +76,27 @@ pub struct RunOptions {
     pub validate_every: u64,
     /// Most rows to measure on.
     pub validation_rows: usize,
-    /// Write a checkpoint every so many steps; 0 writes one at the end only.
+    /// Write a checkpoint every so many steps; 0 writes one every ten minutes. One is written at the end.
     pub save_every: u64,
-    /// Checkpoints to keep.
+    /// Checkpoints to keep, that of the beginning apart.
     pub keep: usize,
+    /// Go back to a checkpoint when the moving average of the loss is so many nats above its lowest; 0 never does.
+    pub explosion: f64,
+    /// Texts to write on the way.
+    pub writing: Option<Writing>,
     /// Where checkpoints go; nothing keeps the run in memory.
     pub folder: Option<PathBuf>,
+}
+
+/// Texts that show what the model has learned.
+#[derive(Clone, Debug)]
+pub struct Writing {
+    /// Steps from one to the next.
+    pub every: u64,
+    /// What they continue; not empty.
+    pub prompt: String,
+    /// How.
+    pub settings: Settings,
 }
 
 /// What the caller hears.
@@ -76,6 +108,24 @@ pub enum Event<'a> {
     Step(&'a StepMetrics),
     /// A checkpoint was written.
     Saved(&'a Path),
+    /// The loss exploded and the run went back.
+    RolledBack(Rollback),
+    /// A text that the model wrote behind a step: the prompt and what follows.
+    Text {
+        /// Steps done.
+        step: u64,
+        /// The text.
+        text: &'a str,
+    },
+    /// Resident memory is beyond what the plan accounts for.
+    Memory {
+        /// Steps done.
+        step: u64,
+        /// Bytes found.
+        found: u64,
+        /// Bytes before the first step and those of the plan together.
+        planned: u64,
+    },
 }
 
 /// Why a run ended.
@@ -102,75 +152,206 @@ pub struct Run<'a> {
     pub progress: Progress,
     /// What checkpoints hold besides weights; their progress is that of the run.
     pub meta: Meta,
+    /// Where steps are recorded; a run that has none cannot go back.
+    pub journal: Option<Journal>,
+}
+
+/// What a call of [`Run::train`] remembers between steps.
+struct Loop<'h> {
+    /// Ends where the running step began to count.
+    clock: Instant,
+    /// When the last checkpoint was written.
+    saved_at: Instant,
+    /// Steps behind which there is a checkpoint of this run.
+    saved: Option<u64>,
+    /// Latest measurement.
+    validation: Option<Validation>,
+    memory: MemoryWatch,
+    hear: &'h mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
 }
 
 impl Run<'_> {
     /// Train until the budget is spent or `stop` says so between two steps, and write a checkpoint at the end.
     ///
     /// # Errors
-    /// A loss that is not finite, data without a row, a failed execution or write, or what `hear` returns. Checkpoints on disk stay.
+    /// A loss that explodes again and again, data without a row, a failed execution or write, or what `hear` returns. Checkpoints and
+    /// journal on disk stay.
     pub fn train(
         &mut self,
         options: &RunOptions,
         stop: &dyn Fn() -> bool,
         hear: &mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
     ) -> Result<Outcome, TrainError> {
-        let (rows, tokens) = self.trainer.shape();
-        let mut validation = None;
-        let mut saved = None;
-        let mut clock = Instant::now();
+        let bytes = self.trainer.exec().bytes();
+        let memory = MemoryWatch::new(resident_bytes().unwrap_or(u64::MAX - bytes), bytes);
+        let now = Instant::now();
+        let mut on = Loop { clock: now, saved_at: now, saved: None, validation: None, memory, hear };
+        if let Some(folder) = options.folder.as_deref() {
+            let steps = checkpoint::steps(folder)?;
+            on.saved = Some(self.progress.step).filter(|step| steps.contains(step));
+            // The journal needs a checkpoint to begin with.
+            if steps.is_empty() {
+                self.save(options, &mut on)?;
+            }
+        }
         if options.validate_every > 0 && !options.budget.is_spent(&self.progress) {
-            validation = self.validate(options)?;
-            if let Some(v) = validation {
-                hear(Event::Start(v))?;
+            on.validation = self.validate(options)?;
+            if let Some(v) = on.validation {
+                (on.hear)(Event::Start(v))?;
             }
         }
         while !options.budget.is_spent(&self.progress) {
             if stop() {
-                self.save(options, &mut saved, hear)?;
+                self.save(options, &mut on)?;
                 return Ok(Outcome::Stopped);
             }
-            let began = Instant::now();
-            let before = self.progress;
-            let over = options.budget.over(&before, options.schedule.warmup);
-            let lr = options.schedule.at(before.step, over);
-            let (batch, position) = self.batches.next(before.position, rows, tokens)?;
-            let probed = self.trainer.step(&batch, before.step, lr)?;
-            let dt = began.elapsed();
-            let step = before.step + 1;
-            let ema = moving_average(before.ema, probed.loss);
-            // The time behind the last step counts too: it went into measuring and saving.
-            let seconds = before.seconds + clock.elapsed().as_secs_f64();
-            clock = Instant::now();
-            self.progress = Progress { step, position, ema: Some(ema), seconds };
-            let last = options.budget.is_spent(&self.progress);
-            let validated = options.validate_every > 0 && (last || step.is_multiple_of(options.validate_every));
-            if validated {
-                validation = self.validate(options)?;
-            }
-            let share = options.budget.over(&self.progress, 0);
-            hear(Event::Step(&StepMetrics {
-                step,
-                steps: options.budget.steps,
-                share,
-                loss: probed.loss,
-                ema,
-                validation,
-                validated: validated && validation.is_some(),
-                data_tokens: (rows * tokens) as u64,
-                forward_tokens: self.trainer.forward_tokens(),
-                dt,
-                lr,
-                seq: tokens,
-                memory: resident_bytes().unwrap_or_else(|| self.trainer.exec().bytes()),
-                eta: remaining(options, &self.progress),
-            }))?;
-            if options.save_every > 0 && step.is_multiple_of(options.save_every) {
-                self.save(options, &mut saved, hear)?;
-            }
+            self.advance(options, &mut on)?;
         }
-        self.save(options, &mut saved, hear)?;
+        self.save(options, &mut on)?;
         Ok(Outcome::Finished)
+    }
+
+    /// One step, or the return to a checkpoint.
+    fn advance(&mut self, options: &RunOptions, on: &mut Loop<'_>) -> Result<(), TrainError> {
+        let (rows, tokens) = self.trainer.shape();
+        let began = Instant::now();
+        let before = self.progress;
+        let over = options.budget.over(&before, options.schedule.warmup);
+        let lr = options.schedule.at(before.step, over) * CAUTION.powi(before.rollbacks as i32);
+        let (batch, position) = self.batches.next(before.position, rows, tokens)?;
+        let (probed, ema) = match self.trainer.probe(&batch, before.step) {
+            Ok(probed) => {
+                let ema = moving_average(before.ema, probed.loss);
+                if explodes(ema, before.lowest, options.explosion) {
+                    return self.roll_back(options, probed.loss, position, on);
+                }
+                (probed, ema)
+            }
+            Err(TrainError::Diverged { loss, .. }) if options.explosion > 0.0 => {
+                return self.roll_back(options, loss, position, on);
+            }
+            Err(e) => return Err(e),
+        };
+        self.trainer.apply(before.step, lr, &probed.c, &probed.loads)?;
+        let dt = began.elapsed();
+        let step = before.step + 1;
+        // The time behind the last step counts too: it went into measuring and saving.
+        let seconds = before.seconds + on.clock.elapsed().as_secs_f64();
+        on.clock = Instant::now();
+        let lowest = Some(before.lowest.map_or(ema, |low| low.min(ema)));
+        let rollbacks = before.rollbacks;
+        self.progress = Progress { step, position, ema: Some(ema), lowest, seconds, rollbacks };
+        if let Some(journal) = &mut self.journal {
+            let (loss, c, loads) = (probed.loss, probed.c.clone(), probed.loads.clone());
+            journal.add(&Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads }))?;
+        }
+        self.report(options, &batch, &probed, [lr, ema], dt, on)?;
+        let due = match options.save_every {
+            0 => on.saved_at.elapsed() >= SAVE_EVERY,
+            n => step.is_multiple_of(n),
+        };
+        if due { self.save(options, on) } else { Ok(()) }
+    }
+
+    /// Measures where it is time to, and tells what a step did.
+    fn report(
+        &mut self,
+        options: &RunOptions,
+        batch: &Batch,
+        probed: &Probed,
+        [lr, ema]: [f64; 2],
+        dt: Duration,
+        on: &mut Loop<'_>,
+    ) -> Result<(), TrainError> {
+        let (step, last) = (self.progress.step, options.budget.is_spent(&self.progress));
+        let validated = options.validate_every > 0 && (last || step.is_multiple_of(options.validate_every));
+        if validated {
+            on.validation = self.validate(options)?;
+        }
+        let mut tally = LossTally::default();
+        tally.add(probed.loss, batch, self.vocab);
+        let resident = resident_bytes();
+        (on.hear)(Event::Step(&StepMetrics {
+            step,
+            steps: options.budget.steps,
+            share: options.budget.over(&self.progress, 0),
+            loss: probed.loss,
+            bits_per_byte: tally.bits_per_byte(),
+            ema,
+            spread: probed.spread(),
+            validation: on.validation,
+            validated: validated && on.validation.is_some(),
+            data_tokens: (batch.batch * batch.seq) as u64,
+            forward_tokens: self.trainer.forward_tokens(),
+            dt,
+            seconds: self.progress.seconds,
+            lr,
+            seq: batch.seq,
+            memory: resident.unwrap_or_else(|| self.trainer.exec().bytes()),
+            eta: remaining(options, &self.progress),
+        }))?;
+        if let Some((found, planned)) = resident.and_then(|found| Some((found, on.memory.exceeded(found)?))) {
+            (on.hear)(Event::Memory { step, found, planned })?;
+        }
+        match &options.writing {
+            Some(w) if last || step.is_multiple_of(w.every.max(1)) => {
+                let text = self.write(w)?;
+                (on.hear)(Event::Text { step, text: &text })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the model continue a prompt.
+    fn write(&mut self, writing: &Writing) -> Result<String, TrainError> {
+        let mut decoder = StreamDecoder::new(self.vocab);
+        let mut text = writing.prompt.clone();
+        let mut generator = Generator::new(self.trainer.exec_mut(), self.vocab)?;
+        generator.reset();
+        generator.feed(&self.vocab.encode(&writing.prompt))?;
+        generator.generate(&writing.settings, &mut |id| {
+            text.push_str(&decoder.push(id));
+            ControlFlow::Continue(())
+        })?;
+        text.push_str(&decoder.flush());
+        Ok(text)
+    }
+
+    /// Returns to the newest checkpoint from which the loss had not begun to rise. What follows has half the learning rate, and begins
+    /// with the data behind those of the failed step.
+    fn roll_back(
+        &mut self,
+        options: &RunOptions,
+        loss: f64,
+        position: u64,
+        on: &mut Loop<'_>,
+    ) -> Result<(), TrainError> {
+        let failed = self.progress;
+        let given_up = TrainError::Diverged { step: failed.step, loss };
+        let (Some(folder), true) = (options.folder.as_deref(), self.journal.is_some()) else { return Err(given_up) };
+        for to in checkpoint::steps(folder)?.into_iter().rev() {
+            let path = checkpoint::path_of(folder, to);
+            let file = WeightFile::open(&path)?;
+            let saved = checkpoint::meta(&file)?.map(|meta| meta.progress);
+            let calm = saved.filter(|p| to <= failed.step && is_calm(p.ema, p.lowest, options.explosion));
+            if let Some(p) = calm {
+                if failed.rollbacks >= p.rollbacks + MAX_RETURNS {
+                    return Err(given_up);
+                }
+                checkpoint::restore(&file, self.trainer.exec_mut())?;
+                let rollbacks = failed.rollbacks + 1;
+                self.progress = Progress { position, rollbacks, seconds: failed.seconds, ..p };
+                let rollback = Rollback { at: failed.step, to, position, rollbacks, loss };
+                if let Some(journal) = &mut self.journal {
+                    journal.add(&Record::Rollback(rollback))?;
+                }
+                on.saved = None;
+                return (on.hear)(Event::RolledBack(rollback));
+            }
+            // Nothing may go on from there: the checkpoint is behind the explosion.
+            std::fs::remove_file(&path).map_err(|source| FileError::io(&path, "remove", source))?;
+        }
+        Err(given_up)
     }
 
     /// Loss on the held-out data; `None` when there is none.
@@ -184,19 +365,18 @@ impl Run<'_> {
     }
 
     /// Writes a checkpoint unless the last one is of this step.
-    fn save(
-        &self,
-        options: &RunOptions,
-        saved: &mut Option<u64>,
-        hear: &mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
-    ) -> Result<(), TrainError> {
-        let Some(folder) = options.folder.as_deref().filter(|_| *saved != Some(self.progress.step)) else {
+    fn save(&mut self, options: &RunOptions, on: &mut Loop<'_>) -> Result<(), TrainError> {
+        let Some(folder) = options.folder.as_deref().filter(|_| on.saved != Some(self.progress.step)) else {
             return Ok(());
         };
+        // The journal first: it must lead to every checkpoint.
+        if let Some(journal) = &mut self.journal {
+            journal.sync()?;
+        }
         let meta = Meta { progress: self.progress, ..self.meta.clone() };
         let path = checkpoint::save(folder, self.trainer.exec(), &meta, options.keep)?;
-        *saved = Some(self.progress.step);
-        hear(Event::Saved(&path))
+        (on.saved, on.saved_at) = (Some(self.progress.step), Instant::now());
+        (on.hear)(Event::Saved(&path))
     }
 }
 

@@ -39,8 +39,12 @@ pub struct StepMetrics {
     pub share: f64,
     /// Mean loss of the step over both signs of all probes, nats per token.
     pub loss: f64,
+    /// The same in bits per byte of the predicted text; nothing when its tokens stand for no bytes.
+    pub bits_per_byte: Option<f64>,
     /// Moving average of the loss.
     pub ema: f64,
+    /// Root mean square of the differences between both signs of the probes, nats per token.
+    pub spread: f64,
     /// Latest measurement on held-out data.
     pub validation: Option<Validation>,
     /// Whether the measurement was made behind this step.
@@ -51,6 +55,8 @@ pub struct StepMetrics {
     pub forward_tokens: u64,
     /// Duration of the step, without validation.
     pub dt: Duration,
+    /// Time spent in steps so far, measuring and saving included.
+    pub seconds: f64,
     /// Learning rate of the step.
     pub lr: f64,
     /// Length of a row.
@@ -80,7 +86,9 @@ impl StepMetrics {
         put("steps", json!(self.steps));
         put("share", json!(self.share));
         put("loss", json!(self.loss));
+        put("bits_per_byte", json!(self.bits_per_byte));
         put("ema", json!(self.ema));
+        put("spread", json!(self.spread));
         if let (true, Some(v)) = (self.validated, self.validation) {
             put("val", json!(v.nats_per_token));
             put("val_bits_per_byte", json!(v.bits_per_byte));
@@ -90,6 +98,7 @@ impl StepMetrics {
         put("tokens_per_second", json!(self.data_rate().round()));
         put("forward_tokens_per_second", json!(self.forward_rate().round()));
         put("dt", json!(self.dt.as_secs_f64()));
+        put("seconds", json!(self.seconds));
         put("lr", json!(self.lr));
         put("seq", json!(self.seq));
         put("memory", json!(self.memory));
@@ -137,6 +146,15 @@ impl Log {
         Ok(Log { path, file })
     }
 
+    /// Removes the lines of steps behind `step`, to which the run went back.
+    ///
+    /// # Errors
+    /// When the file cannot be read or written.
+    pub fn go_back(&mut self, step: u64) -> Result<(), TrainError> {
+        *self = Log::open(self.path.parent().unwrap_or(Path::new(".")), step)?;
+        Ok(())
+    }
+
     /// Adds one line.
     ///
     /// # Errors
@@ -148,14 +166,18 @@ impl Log {
     }
 }
 
-/// `step 120/5000 2.4% | loss 3.412 (ema 3.50) val 3.61 | tok/s 1843 (fwd 3686) | dt 278ms | lr 1e-4 | seq 128 | mem 412M | eta 22m10s`
+/// `step 120/5000 2.4% | loss 3.412 (ema 3.50, 4.92 bits/byte) val 3.61 | tok/s 1843 (fwd 3686) | dt 278ms | lr 1e-4 | seq 128 | mem 412M | eta 22m10s`
 impl fmt::Display for StepMetrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "step {}", self.step)?;
         if let Some(steps) = self.steps {
             write!(f, "/{steps}")?;
         }
-        write!(f, " {:.1}% | loss {:.3} (ema {:.2})", 100.0 * self.share, self.loss, self.ema)?;
+        write!(f, " {:.1}% | loss {:.3} (ema {:.2}", 100.0 * self.share, self.loss, self.ema)?;
+        if let Some(bits) = self.bits_per_byte {
+            write!(f, ", {bits:.2} bits/byte")?;
+        }
+        f.write_str(")")?;
         if let Some(v) = self.validation {
             write!(f, " val {:.2}", v.nats_per_token)?;
             if let Some(bits) = v.bits_per_byte {
@@ -228,12 +250,15 @@ mod tests {
             steps: Some(5000),
             share: 0.024,
             loss: 3.4123,
+            bits_per_byte: None,
             ema: 3.5,
+            spread: 0.02,
             validation: None,
             validated: false,
             data_tokens: 512,
             forward_tokens: 1024,
             dt: Duration::from_millis(278),
+            seconds: 33.5,
             lr: 1e-4,
             seq: 128,
             memory: 412 << 20,
@@ -249,10 +274,10 @@ mod tests {
             "step 120/5000 2.4% | loss 3.412 (ema 3.50) | tok/s 1842 (fwd 3683) | dt 278ms | lr 1e-4 | seq 128 | mem 412M | eta 22m10s"
         );
         m.validation = Some(Validation { nats_per_token: 3.61, bits_per_byte: Some(5.2082) });
-        (m.steps, m.lr) = (None, 3.333e-5);
+        (m.steps, m.lr, m.bits_per_byte) = (None, 3.333e-5, Some(4.9229));
         assert_eq!(
             m.to_string(),
-            "step 120 2.4% | loss 3.412 (ema 3.50) val 3.61 (5.21 bits/byte) | tok/s 1842 (fwd 3683) | dt 278ms | lr 3.33e-5 | seq 128 | mem 412M | eta 22m10s"
+            "step 120 2.4% | loss 3.412 (ema 3.50, 4.92 bits/byte) val 3.61 (5.21 bits/byte) | tok/s 1842 (fwd 3683) | dt 278ms | lr 3.33e-5 | seq 128 | mem 412M | eta 22m10s"
         );
     }
 
@@ -278,7 +303,8 @@ mod tests {
         let mut log = Log::open(&at, 0).expect("opened");
         (1..=5).for_each(|step| add(&mut log, step));
         log.file.write_all(b"{\"step\": 6, \"lo").expect("half a line");
-        let mut log = Log::open(&at, 3).expect("opened");
+        let mut log = Log::open(&at, 4).expect("opened");
+        log.go_back(3).expect("opened");
         add(&mut log, 4);
         let text = fs::read_to_string(at.join(Log::NAME)).expect("read");
         let step = |line: &str| serde_json::from_str::<Value>(line).expect("JSON")["step"].as_u64();

@@ -5,18 +5,24 @@
 
 pub mod checkpoint;
 mod driver;
+pub mod history;
 pub mod init;
+pub mod journal;
 pub mod metrics;
 mod schedule;
+pub mod standing;
 mod step;
+pub mod tensorboard;
+mod watch;
 pub mod weights;
 
-pub use driver::{Budget, Event, Outcome, Progress, Run, RunOptions};
+pub use driver::{Budget, Event, Outcome, Progress, Run, RunOptions, Writing};
 pub use schedule::{Decay, Schedule};
 pub use step::{Depths, Estimator, Probed, Trainer, coefficients};
 
 use crate::exec::ExecError;
 use crate::files::{FileError, is_full};
+use crate::generate::GenerateError;
 use crate::text::TextError;
 use std::fmt;
 use std::io;
@@ -58,7 +64,18 @@ pub enum TrainError {
         /// What was found and what was expected.
         reason: String,
     },
-    /// The loss of a probe is not a finite number.
+    /// A journal that cannot be used.
+    Journal {
+        /// The file.
+        path: PathBuf,
+        /// What was found, what was expected, and the cure.
+        reason: String,
+        /// Whether its content is at fault.
+        damaged: bool,
+    },
+    /// No text could be generated.
+    Generate(GenerateError),
+    /// The loss is not a finite number, or exploded.
     Diverged {
         /// The step, counted from 0.
         step: u64,
@@ -80,10 +97,13 @@ impl TrainError {
         match self {
             TrainError::Exec(e) => e.exit_code(),
             TrainError::File(e) => e.exit_code(),
-            TrainError::NotFinite { .. } | TrainError::Checkpoint { .. } => 5,
+            TrainError::NotFinite { .. }
+            | TrainError::Checkpoint { .. }
+            | TrainError::Journal { damaged: true, .. } => 5,
             TrainError::Io { source, .. } if is_full(source.kind()) => 4,
             TrainError::Io { .. } => 1,
             TrainError::Text(_) | TrainError::Plan(_) | TrainError::Weights { .. } | TrainError::Diverged { .. } => 1,
+            TrainError::Journal { .. } | TrainError::Generate(_) => 1,
         }
     }
 }
@@ -95,7 +115,10 @@ impl fmt::Display for TrainError {
             TrainError::File(e) => e.fmt(f),
             TrainError::Text(e) => e.fmt(f),
             TrainError::Plan(why) => write!(f, "the plan cannot be trained: {why}"),
-            TrainError::Weights { path, reason } | TrainError::Checkpoint { path, reason } => {
+            TrainError::Generate(e) => e.fmt(f),
+            TrainError::Weights { path, reason }
+            | TrainError::Checkpoint { path, reason }
+            | TrainError::Journal { path, reason, .. } => {
                 write!(f, "{}: {reason}", path.display())
             }
             TrainError::NotFinite { path, tensor, index, value } => {
@@ -108,7 +131,7 @@ impl fmt::Display for TrainError {
             TrainError::Diverged { step, loss } => {
                 write!(
                     f,
-                    "the loss is {loss} in step {step}, expected a finite number; the last checkpoint is unchanged, resume it or start again with a smaller --lr"
+                    "the loss is {loss} in step {step}, expected a finite number that does not grow; the last checkpoint is unchanged, resume it or start again with a smaller --lr"
                 )
             }
             TrainError::Io { path: Some(path), source } => write!(f, "{}: cannot write: {source}", path.display()),
@@ -123,6 +146,7 @@ impl std::error::Error for TrainError {
             TrainError::Exec(e) => Some(e),
             TrainError::File(e) => Some(e),
             TrainError::Text(e) => Some(e),
+            TrainError::Generate(e) => Some(e),
             TrainError::Io { source, .. } => Some(source),
             _ => None,
         }
@@ -144,5 +168,11 @@ impl From<FileError> for TrainError {
 impl From<TextError> for TrainError {
     fn from(e: TextError) -> TrainError {
         TrainError::Text(e)
+    }
+}
+
+impl From<GenerateError> for TrainError {
+    fn from(e: GenerateError) -> TrainError {
+        TrainError::Generate(e)
     }
 }

@@ -65,10 +65,20 @@ pub struct Probed {
     pub plus: Vec<f64>,
     /// Loss of every negative probe, in the same order.
     pub minus: Vec<f64>,
-    /// The scalars that the update was given.
+    /// The scalars that the update is given.
     pub c: Vec<f32>,
+    /// The loads of all routers that the update is given, one behind the other.
+    pub loads: Vec<i32>,
     /// Mean over both signs of all probes, weighted by counted labels, in nats per token.
     pub loss: f64,
+}
+
+impl Probed {
+    /// Root mean square of the differences between both signs, in nats: what the estimate has to go by.
+    pub fn spread(&self) -> f64 {
+        let squares = self.plus.iter().zip(&self.minus).map(|(p, m)| (p - m) * (p - m));
+        (squares.sum::<f64>() / self.plus.len().max(1) as f64).sqrt()
+    }
 }
 
 /// The scalars of an update from the losses of both signs.
@@ -195,8 +205,16 @@ impl Trainer {
     /// # Errors
     /// A batch of another shape, a loss that is not finite (the weights are then as they were), or a failure to execute.
     pub fn step(&mut self, batch: &Batch, step: u64, lr: f64) -> Result<Probed, TrainError> {
-        let word = i32::from_ne_bytes((step as u32).to_ne_bytes());
-        let seed = [self.seed as u32, (self.seed >> 32) as u32].map(|w| i32::from_ne_bytes(w.to_ne_bytes()));
+        let probed = self.probe(batch, step)?;
+        self.apply(step, lr, &probed.c, &probed.loads)?;
+        Ok(probed)
+    }
+
+    /// Probe the weights on a batch; they stay as they are.
+    ///
+    /// # Errors
+    /// As for [`Trainer::step`].
+    pub fn probe(&mut self, batch: &Batch, step: u64) -> Result<Probed, TrainError> {
         set_batch(&mut self.exec, self.dual, batch)?;
         if input_type(self.exec.plan(), DUAL_LOSS, DEPTH).is_ok() {
             let depths = self.depths.ok_or_else(|| {
@@ -207,6 +225,7 @@ impl Trainer {
             let drawn = depths.draw(self.rows, step as u32, self.seed);
             self.exec.set_input(self.dual, DEPTH, &drawn)?;
         }
+        let (seed, word) = self.stream(step);
         self.exec.set_input(self.dual, "seed", &seed)?;
         self.exec.set_input(self.dual, "step", &[word])?;
         self.exec.run_entry(self.dual)?;
@@ -217,17 +236,44 @@ impl Trainer {
         let counts = counted(batch);
         let (plus, minus) = self.probes(&losses, &counts);
         let c = coefficients(self.estimator, &plus, &minus);
+        let mut loads = vec![];
         for name in &self.loads {
-            let load = total_load(&self.exec, self.dual, name)?;
-            self.exec.set_input(self.update, name, &load)?;
+            loads.extend(total_load(&self.exec, self.dual, name)?);
         }
-        self.exec.set_input(self.update, "c", &c)?;
+        let loss = weighted(&losses, &counts);
+        Ok(Probed { plus, minus, c, loads, loss })
+    }
+
+    /// Move the weights by the scalars and loads of [`Probed`]. Weights, optimizer memory and these numbers decide the result.
+    ///
+    /// # Errors
+    /// Numbers of another plan (the weights are then as they were), or a failure to execute.
+    pub fn apply(&mut self, step: u64, lr: f64, c: &[f32], loads: &[i32]) -> Result<(), TrainError> {
+        let mut rest = loads;
+        for name in &self.loads {
+            let experts = input_type(self.exec.plan(), UPDATE, name)?.numel();
+            let (load, others) = rest.split_at_checked(experts).ok_or_else(|| {
+                TrainError::Plan(format!(
+                    "the loads of {} routers are recorded as {} numbers",
+                    self.loads.len(),
+                    loads.len()
+                ))
+            })?;
+            self.exec.set_input(self.update, name, load)?;
+            rest = others;
+        }
+        let (seed, word) = self.stream(step);
+        self.exec.set_input(self.update, "c", c)?;
         self.exec.set_input(self.update, "seed", &seed)?;
         self.exec.set_input(self.update, "step", &[word])?;
         self.exec.set_input(self.update, "lr", &[lr as f32])?;
-        self.exec.run_entry(self.update)?;
-        let loss = weighted(&losses, &counts);
-        Ok(Probed { plus, minus, c, loss })
+        Ok(self.exec.run_entry(self.update)?)
+    }
+
+    /// The words that select the directions of a step.
+    fn stream(&self, step: u64) -> ([i32; 2], i32) {
+        let word = |w: u32| i32::from_ne_bytes(w.to_ne_bytes());
+        ([self.seed as u32, (self.seed >> 32) as u32].map(word), word(step as u32))
     }
 
     /// Losses of the positive and of the negative probes.

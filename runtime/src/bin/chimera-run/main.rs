@@ -12,10 +12,12 @@ mod model;
 mod options;
 mod pack;
 mod quickstart;
+mod replay;
 mod session;
 mod trace;
 mod train;
 mod vocab;
+mod watch;
 mod weights;
 
 use clap::{Parser, Subcommand};
@@ -37,6 +39,10 @@ struct Cli {
 enum Command {
     /// Train a model on text files
     Train(Box<train::Args>),
+    /// Write the weights of any step of a run, from its checkpoints and its journal
+    Replay(replay::ReplayArgs),
+    /// Compare two runs bit for bit
+    VerifyRun(replay::VerifyArgs),
     /// Continue a prompt
     Generate(Box<generate::Args>),
     /// Run one entry point on given tensors
@@ -54,6 +60,8 @@ fn run(command: Command) -> Result<(), Failure> {
     session::survive_large_files()?;
     match command {
         Command::Train(args) => train::run(*args),
+        Command::Replay(args) => replay::replay(&args),
+        Command::VerifyRun(args) => replay::verify(&args),
         Command::Generate(args) => generate::run(*args),
         Command::Call(args) => call::run(*args),
         Command::Pack(args) => pack::run(*args),

@@ -5,14 +5,15 @@
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::compile_entries;
 use crate::options::{Failure, RunOptions as ExecArgs};
-use crate::session::{Interrupt, Reporter, depths, training_plan};
+use crate::session::{Interrupt, depths, training_plan};
+use crate::watch::{Records, Reporter};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, ModelConfig, Overrides, Scale};
 use chimera_runtime::exec::Executable;
 use chimera_runtime::generate::{Generator, Settings};
 use chimera_runtime::text::{self, Batches, LossTally, Sampling, Source, StreamDecoder, TokenStream, Vocab, corpus};
 use chimera_runtime::train::checkpoint::{self, Meta};
-use chimera_runtime::train::metrics::Log;
+use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{Budget, Decay, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
 use std::collections::HashSet;
@@ -26,6 +27,8 @@ const DEFAULT_OUT: &str = "chimera-quickstart";
 const VALIDATE_EVERY: u64 = 250;
 /// Tokens of held-out text in a measurement.
 const VALIDATION_TOKENS: usize = 8192;
+/// Nats by which the loss may rise before the run goes back.
+const EXPLOSION: f64 = 2.0;
 /// Tokens that a prompt takes at a time.
 const CHUNK: usize = 16;
 /// Most bytes of the sample.
@@ -66,7 +69,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (batches, validation) = data(&vocab, &hyper)?;
     let reporter = Reporter::new(None, false, false);
     let entropy = text::unigram_bits_per_byte(&vocab, batches.stream().tokens()).unwrap_or(f64::NAN);
-    let mut exec = Executable::new(training_plan(&model, &hyper, &args.exec.target)?, &args.exec.exec())?;
+    let mut exec = Executable::new(training_plan(&model, &hyper, vec![], &args.exec.target)?, &args.exec.exec())?;
     init::initialise(&mut exec, hyper.seed)?;
     reporter.say(&format!(
         "a byte-level model of {} parameters, trained on {} KB of this project's own text for {} s by comparing losses, without back-propagation",
@@ -86,7 +89,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model));
     let options = run_options(&hyper, folder.clone());
     let before = trainer.measure(&validation, options.validation_rows, &vocab)?;
-    let mut reporter = Reporter::new(Some(Log::open(&folder, 0)?), false, false);
+    let journal = Some(Journal::create(&folder, &Header::new(0, &meta.config, &meta.data))?);
+    let mut reporter = Reporter::new(Some(Records::open(&folder, 0, false)?), false, false);
     let mut run = Run {
         trainer: &mut trainer,
         batches: &batches,
@@ -94,6 +98,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         vocab: &vocab,
         progress: Progress::default(),
         meta,
+        journal,
     };
     let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
     reporter.finish();
@@ -139,6 +144,8 @@ fn run_options(hyper: &Hyper, folder: PathBuf) -> RunOptions {
         validation_rows: (VALIDATION_TOKENS / hyper.seq_len as usize).max(1),
         save_every: 0,
         keep: 1,
+        explosion: EXPLOSION,
+        writing: None,
         folder: Some(folder),
     }
 }

@@ -1,4 +1,4 @@
-//! What training commands share: signals, progress on the terminal, metrics on disk, and the plan of a run.
+//! What training commands share: signals, and the plan of a run.
 //!
 //! Invariant: the first interrupt lets the running step end and its checkpoint be written; the second ends the process at once.
 
@@ -8,21 +8,15 @@ use chimera_codegen::Target;
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
 use chimera_ir::plan::Plan;
-use chimera_runtime::train::metrics::{Log, StepMetrics};
-use chimera_runtime::train::{Depths, Event, TrainError};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use chimera_runtime::train::Depths;
 use signal_hook::consts::{SIGINT, SIGTERM};
-use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 /// Rows that one measurement takes at a time.
 const MEASURED_ROWS: usize = 16;
 /// Exit code of a process that an interrupt ends: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
-/// Lines of progress come no faster than this where stderr is no terminal.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// A flag that the first interrupt sets.
 #[derive(Clone, Debug)]
@@ -61,14 +55,19 @@ pub fn survive_large_files() -> Result<(), Failure> {
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, nobody).map(drop).map_err(refused)
 }
 
-/// The plan of a run.
+/// The plan of a run, with `further` entry points.
 ///
 /// # Errors
 /// When the configuration cannot be compiled, or a pattern of `--only` matches nothing.
-pub fn training_plan(config: &ModelConfig, hyper: &Hyper, target: &Target) -> Result<Plan, Failure> {
+pub fn training_plan(
+    config: &ModelConfig,
+    hyper: &Hyper,
+    further: Vec<EntrySpec>,
+    target: &Target,
+) -> Result<Plan, Failure> {
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
-    let entries = training_entries(config, hyper);
+    let entries = [training_entries(config, hyper), further].concat();
     Ok(compile(config, &Options { target: target.to_string(), entries, trainable, ..Options::default() })?)
 }
 
@@ -88,80 +87,4 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
 pub fn depths(config: &ModelConfig) -> Option<Depths> {
     let drawn = config.looping.as_ref().filter(|l| l.stochastic);
     drawn.map(|l| Depths { mean: l.default as f64, least: l.range[0] as u32, most: l.range[1] as u32 })
-}
-
-/// Shows events to people on stderr, and to programs as JSON lines.
-pub struct Reporter {
-    bar: ProgressBar,
-    log: Option<Log>,
-    json: bool,
-    quiet: bool,
-    last_line: Option<Instant>,
-}
-
-impl Reporter {
-    /// A reporter; `json` prints a line for each step on stdout, `quiet` shows no progress.
-    pub fn new(log: Option<Log>, json: bool, quiet: bool) -> Reporter {
-        let bar = ProgressBar::new_spinner()
-            .with_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
-        if quiet {
-            bar.set_draw_target(ProgressDrawTarget::hidden());
-        }
-        Reporter { bar, log, json, quiet, last_line: None }
-    }
-
-    /// A line that stays.
-    pub fn say(&self, line: &str) {
-        if self.quiet {
-            return;
-        }
-        match self.bar.is_hidden() {
-            true => eprintln!("{line}"),
-            false => self.bar.println(line),
-        }
-    }
-
-    /// Hears an event of a run.
-    ///
-    /// # Errors
-    /// When the log or stdout cannot be written.
-    pub fn hear(&mut self, event: Event<'_>) -> Result<(), TrainError> {
-        match event {
-            Event::Start(v) => {
-                let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.3} bits/byte"));
-                self.say(&format!("held out at the start: {:.3} nats/token{bits}", v.nats_per_token));
-            }
-            Event::Step(m) => self.step(m)?,
-            Event::Saved(path) => self.say(&format!("saved {}", path.display())),
-        }
-        Ok(())
-    }
-
-    fn step(&mut self, m: &StepMetrics) -> Result<(), TrainError> {
-        if let Some(log) = &mut self.log {
-            log.add(m)?;
-        }
-        if self.json {
-            let line = writeln!(io::stdout().lock(), "{}", m.to_json());
-            line.map_err(|source| TrainError::Io { path: None, source })?;
-        }
-        if self.quiet {
-            return Ok(());
-        }
-        if !self.bar.is_hidden() {
-            self.bar.set_message(m.to_string());
-        }
-        let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY);
-        let last = m.steps == Some(m.step);
-        if m.validated || last || (due && self.bar.is_hidden()) {
-            self.say(&m.to_string());
-            self.last_line = Some(Instant::now());
-        }
-        Ok(())
-    }
-
-    /// Ends the progress line.
-    pub fn finish(&self) {
-        self.bar.finish_and_clear();
-    }
 }

@@ -1,4 +1,4 @@
-//! `chimera-run train`: a model, text files, a budget; checkpoints and metrics in a folder.
+//! `chimera-run train`: a model, text files, a budget; checkpoints, journal and metrics in a folder.
 //!
 //! Invariant: the same options, data and seed give the same checkpoint, however often the run was interrupted and resumed, unless
 //! seconds bound it.
@@ -6,19 +6,25 @@
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
-use crate::session::{Interrupt, Reporter, depths, training_entries, training_plan};
+use crate::session::{Interrupt, depths, training_entries, training_plan};
+use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
+use chimera_codegen::Target;
+use chimera_compiler::EntrySpec;
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
 use chimera_runtime::text::{self, Batches, Split, TextError, TokenSource, TokenStream, Vocab, VocabSpec};
 use chimera_runtime::train::checkpoint::{self, Meta};
-use chimera_runtime::train::metrics::{Log, Short};
-use chimera_runtime::train::weights::WeightFile;
-use chimera_runtime::train::{Budget, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
+use chimera_runtime::train::journal::{Header, Journal};
+use chimera_runtime::train::standing::Standing;
+use chimera_runtime::train::{
+    Budget, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, Writing, init,
+};
+use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// Steps of a run that nothing else bounds.
 const DEFAULT_STEPS: u64 = 1000;
@@ -45,18 +51,20 @@ pub struct Args {
     /// Most held-out tokens to measure on
     #[arg(long, default_value_t = 32768, env = "CHIMERA_VAL_TOKENS", value_name = "N")]
     pub val_tokens: u64,
-    /// Write a checkpoint every so many steps; 0 writes one at the end only
+    /// Write a checkpoint every so many steps; 0 writes one every ten minutes. The journal leads to every step in between
     #[arg(long, default_value_t = 0, env = "CHIMERA_SAVE_EVERY", value_name = "N")]
     pub save_every: u64,
-    /// Checkpoints to keep
+    /// Checkpoints to keep, that of the beginning apart
     #[arg(long, default_value_t = 2, env = "CHIMERA_KEEP", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub keep: u16,
     /// Folder of the run
     #[arg(long, env = "CHIMERA_OUT", value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Go on with the newest checkpoint of --out if there is one, or with a given checkpoint or folder
+    /// Go on where --out was left if there is a run, or with the run of a folder, or from a checkpoint
     #[arg(long, num_args = 0..=1, default_missing_value = "auto", value_name = "auto|PATH", env = "CHIMERA_RESUME")]
     pub resume: Option<PathBuf>,
+    #[command(flatten)]
+    pub watch: WatchArgs,
     #[command(flatten)]
     pub exec: ExecArgs,
     /// Print one line of JSON for each step on stdout
@@ -78,45 +86,30 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let interrupt = Interrupt::register()?;
     let (saved, folder) = resumed(&args)?;
     let mut hyper = match &saved {
-        Some((_, meta)) => args.hyper.resumed(&meta.options)?,
+        Some(standing) => args.hyper.resumed(&standing.meta.options)?,
         None => args.hyper.fresh(),
     };
     set_budget(&mut hyper, &args, saved.is_some());
     if !args.data.is_empty() {
         hyper.data = args.data.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
     }
-    let model_options = match (&saved, &hyper.plan) {
-        (Some(_), Some(plan)) if args.model.path().is_none() => {
-            ModelOptions { model: Some(plan.clone()), ..args.model.clone() }
-        }
-        (Some((file, _)), _) if args.model.path().is_none() => {
-            ModelOptions { model: Some(file.path().to_path_buf()), ..args.model.clone() }
-        }
+    let model_options = match &saved {
+        Some(standing) if args.model.path().is_none() => model_of(standing, &hyper, &args.model),
         _ => args.model.clone(),
     };
     let reporter = Reporter::new(None, args.json, args.quiet);
-    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, saved.as_ref().map(|s| &s.1))?;
+    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, saved.as_ref().map(|s| &s.meta))?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
     refuse_packed(&model)?;
     let plan = plan_of(&model, &mut hyper, &args)?;
     let fingerprint = fingerprint(&tokens);
     let split = text::split(tokens, hyper.val_fraction)?;
     let (batches, validation) = streams(split, &vocab, &hyper)?;
-    if let Some((file, meta)) = &saved {
-        same_run(file.path(), meta, &plan, &fingerprint)?;
+    if let Some(standing) = &saved {
+        same_run(standing, &plan, &fingerprint)?;
     }
-    let mut exec = Executable::new(plan, &args.exec.exec())?;
-    let loaded = match (&saved, &model.source) {
-        (Some((file, _)), _) => Some((file, checkpoint::restore(file, &mut exec)?)),
-        (None, Source::Weights(file)) => Some((file, file.assign(&mut exec, false)?)),
-        (None, _) => {
-            init::initialise(&mut exec, hyper.seed)?;
-            None
-        }
-    };
-    if let Some((file, unused)) = loaded {
-        weights::report_unused(file, &model.config, &unused).iter().for_each(|line| reporter.say(line));
-    }
+    let writing = args.watch.writing(&vocab)?;
+    let exec = Executable::new(plan, &args.exec.exec())?;
     let meta = Meta {
         config: exec.plan().config.clone(),
         vocab: vocab.to_text(),
@@ -124,55 +117,155 @@ pub fn run(args: Args) -> Result<(), Failure> {
         data: fingerprint,
         progress: Progress::default(),
     };
-    let progress = saved.as_ref().map_or(Progress::default(), |(_, meta)| meta.progress);
     args.exec.trace.start(&mut exec);
     let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
-    let mut reporter = Reporter::new(Some(Log::open(&folder, progress.step)?), args.json, args.quiet);
-    reporter.say(&introduction(&model, &vocab, &batches, &validation, &trainer, &hyper, &progress));
-    let options = run_options(&args, &hyper, folder)?;
-    let mut run =
-        Run { trainer: &mut trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta };
+    // The folder is taken before it is filled: a second process finds it locked.
+    let journal = Some(match &saved {
+        Some(standing) => standing.continue_in(&folder)?,
+        None => Journal::create(&folder, &Header::new(0, &meta.config, &meta.data))?,
+    });
+    let loaded = match (&saved, &model.source) {
+        (Some(standing), _) => Some((&standing.file, standing.restore(&mut trainer)?)),
+        (None, Source::Weights(file)) => Some((file, file.assign(trainer.exec_mut(), false)?)),
+        (None, _) => {
+            init::initialise(trainer.exec_mut(), hyper.seed)?;
+            None
+        }
+    };
+    if let Some((file, unused)) = loaded {
+        weights::report_unused(file, &model.config, &unused).iter().for_each(|line| reporter.say(line));
+    }
+    let progress = saved.as_ref().map_or(Progress::default(), Standing::progress);
+    let records = Records::open(&folder, progress.step, args.watch.tensorboard)?;
+    let mut reporter = Reporter::new(Some(records), args.json, args.quiet);
+    let line = introduction(&model, &vocab, &batches, &validation, &trainer, &hyper);
+    reporter.note("start", progress.step, &line, summary(&trainer, &hyper, &vocab))?;
+    if let Some(standing) = &saved {
+        let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
+        lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
+    }
+    let options = run_options(&args, &hyper, folder, writing)?;
+    let mut run = Run {
+        trainer: &mut trainer,
+        batches: &batches,
+        validation: &validation,
+        vocab: &vocab,
+        progress,
+        meta,
+        journal,
+    };
     let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
     reporter.finish();
-    let outcome = outcome?;
     let progress = run.progress;
     args.exec.trace.finish(trainer.exec_mut())?;
-    conclude(&args, &options, outcome, &progress)
+    if let Err(e) = &outcome {
+        // A full disk takes no more lines; what ended the run is said in any case.
+        drop(reporter.note("failure", progress.step, "the run ended by an error", json!({ "error": e.to_string() })));
+    }
+    conclude(&args, &options, outcome?, &progress, &mut reporter)
 }
 
-/// The checkpoint to go on with, if any, and the folder of the run.
-fn resumed(args: &Args) -> Result<(Option<(WeightFile, Meta)>, PathBuf), Failure> {
+/// The state to go on with, if any, and the folder of the run.
+fn resumed(args: &Args) -> Result<(Option<Standing>, PathBuf), Failure> {
     let out = args.out.clone().unwrap_or_else(|| DEFAULT_OUT.into());
-    let path = match &args.resume {
-        None => {
-            if let Some(newest) = checkpoint::latest(&out)? {
-                return Err(Failure::usage(format!(
-                    "{}: there is a run already; go on with it by --resume, or choose another folder by --out",
-                    newest.display()
-                )));
-            }
-            return Ok((None, out));
-        }
-        Some(auto) if auto.as_os_str() == "auto" => match checkpoint::latest(&out)? {
-            Some(path) => path,
-            None => return Ok((None, out)),
-        },
-        Some(folder) if folder.is_dir() => checkpoint::latest(folder)?
-            .ok_or_else(|| Failure::new(format!("{}: the folder has no checkpoint", folder.display())))?,
-        Some(file) => file.clone(),
+    let is_auto = |path: &PathBuf| path.as_os_str() == "auto";
+    let Some(path) = &args.resume else {
+        refuse_run(&out, "go on with it by --resume, or choose another folder by --out")?;
+        return Ok((None, out));
     };
-    let file = WeightFile::open(&path)?;
-    let meta = checkpoint::meta(&file)?.ok_or_else(|| {
-        Failure::usage(format!("{}: the file is no checkpoint, so no run can be resumed from it", path.display()))
-    })?;
-    let beside = path.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf);
-    let folder = args.out.clone().unwrap_or(beside);
-    Ok((Some((file, meta)), folder))
+    if is_auto(path) {
+        return Ok((Standing::newest(&out)?, out));
+    }
+    let beside = match path.is_dir() {
+        true => path.clone(),
+        false => path
+            .parent()
+            .map_or_else(|| PathBuf::from("."), |p| if p.as_os_str().is_empty() { ".".into() } else { p.into() }),
+    };
+    let folder = args.out.clone().unwrap_or_else(|| beside.clone());
+    let same = matches!((fs::canonicalize(&folder), fs::canonicalize(&beside)), (Ok(a), Ok(b)) if a == b);
+    if !same {
+        refuse_run(&folder, "choose another folder by --out")?;
+    }
+    let standing = match path.is_dir() {
+        true => Standing::newest(path)?
+            .ok_or_else(|| Failure::new(format!("{}: the folder has no checkpoint", path.display())))?,
+        false => {
+            let file = Standing::alone(path).map_err(|e| match e {
+                TrainError::Weights { .. } => Failure::usage(e.to_string()),
+                e => e.into(),
+            })?;
+            match checkpoint::latest(&beside)? {
+                _ if !same => file,
+                Some(newest) if newest.file_name() == path.file_name() => Standing::newest(&beside)?.unwrap_or(file),
+                _ => {
+                    return Err(Failure::usage(format!(
+                        "{}: the run in its folder is elsewhere; go on with the run by --resume {}, or branch off from this checkpoint by --out",
+                        path.display(),
+                        beside.display()
+                    )));
+                }
+            }
+        }
+    };
+    Ok((Some(standing), folder))
+}
+
+/// A folder with a run is not begun again.
+fn refuse_run(folder: &Path, cure: &str) -> Result<(), Failure> {
+    match checkpoint::latest(folder)? {
+        Some(newest) => Err(Failure::usage(format!("{}: there is a run already; {cure}", newest.display()))),
+        None => Ok(()),
+    }
+}
+
+/// The model of a run that is resumed without naming one.
+fn model_of(standing: &Standing, hyper: &Hyper, options: &ModelOptions) -> ModelOptions {
+    let model = hyper.plan.clone().unwrap_or_else(|| standing.file.path().to_path_buf());
+    ModelOptions { model: Some(model), ..options.clone() }
+}
+
+/// A trainer in a state of a run, for commands that look at it.
+///
+/// # Errors
+/// A plan that is gone, damage, or a failure to execute.
+pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failure> {
+    let mut hyper = HyperArgs::default().resumed(&standing.meta.options)?;
+    let options = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
+    let model = Model::open(&model_of(standing, &hyper, &options), None)?;
+    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), vec![], &args.target)?;
+    same_run(standing, &plan, &standing.meta.data)?;
+    let exec = Executable::new(plan, &args.exec())?;
+    let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
+    standing.restore(&mut trainer)?;
+    Ok(trainer)
+}
+
+/// Damage that was found on the way to a state.
+fn found(standing: &Standing) -> Option<(&'static str, String)> {
+    let gap = standing.trail.gap?;
+    Some((
+        "damage",
+        format!(
+            "warning: the journal is damaged at byte {}; {} steps behind it are computed again, a copy of the damaged file is kept",
+            gap.offset, gap.behind
+        ),
+    ))
+}
+
+fn resuming(standing: &Standing) -> String {
+    format!(
+        "resuming behind step {}: the checkpoint of step {} and {} steps of the journal{}",
+        standing.progress().step,
+        standing.meta.progress.step,
+        standing.trail.steps.len(),
+        if standing.trail.torn > 0 { "; a record that was not finished is dropped" } else { "" }
+    )
 }
 
 /// A run goes on only with the configuration and the data that it was started with.
-fn same_run(path: &Path, meta: &Meta, plan: &Plan, data: &str) -> Result<(), Failure> {
-    let path = path.display();
+fn same_run(standing: &Standing, plan: &Plan, data: &str) -> Result<(), Failure> {
+    let (path, meta) = (standing.file.path().display(), &standing.meta);
     if meta.config != plan.config {
         return Err(Failure::usage(format!(
             "{path}: the run has another configuration; leave the model out, or start another run with --out"
@@ -266,19 +359,28 @@ fn refuse_packed(model: &Model) -> Result<(), Failure> {
 
 /// The plan of the run; a plan that was named decides shape and estimator.
 fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failure> {
-    if let Source::Plan(plan) = &model.source {
-        let port = plan.entry("dual_loss").and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
-        if let Some(&[rows, tokens]) = port.map(|p| &plan.buffer(p.1).ty.dims[..]) {
-            *hyper = hyper.clone().shaped(rows, tokens, &args.hyper)?;
-        }
-        if let Some(path) = args.model.path() {
-            hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
-        }
+    if let (Source::Plan(_), Some(path)) = (&model.source, args.model.path()) {
+        hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
     }
-    match &model.source {
-        Source::Plan(_) => model.plan(training_entries(&model.config, hyper), HashSet::new(), &args.exec.target),
-        _ => training_plan(&model.config, hyper, &args.exec.target),
+    plan_with(model, hyper, &args.hyper, args.watch.entries(), &args.exec.target)
+}
+
+fn plan_with(
+    model: &Model,
+    hyper: &mut Hyper,
+    given: &HyperArgs,
+    further: Vec<EntrySpec>,
+    target: &Target,
+) -> Result<Plan, Failure> {
+    let Source::Plan(plan) = &model.source else {
+        return training_plan(&model.config, hyper, further, target);
+    };
+    let port = plan.entry("dual_loss").and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
+    if let Some(&[rows, tokens]) = port.map(|p| &plan.buffer(p.1).ty.dims[..]) {
+        *hyper = hyper.clone().shaped(rows, tokens, given)?;
     }
+    let entries = [training_entries(&model.config, hyper), further].concat();
+    model.plan(entries, HashSet::new(), target)
 }
 
 /// What identifies data: number and checksum of all tokens.
@@ -310,15 +412,13 @@ fn introduction(
     validation: &TokenStream,
     trainer: &Trainer,
     hyper: &Hyper,
-    progress: &Progress,
 ) -> String {
     let parameters = chimera_frontends::config::parameter_count(&model.config);
     let tokens = batches.stream().tokens();
     let unigram = text::unigram_bits_per_byte(vocab, tokens)
         .map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
-    let from = if progress.step > 0 { format!("; resuming behind step {}", progress.step) } else { String::new() };
     format!(
-        "{parameters} parameters, vocabulary {} ({}); {} training and {} held-out tokens{unigram}; batch {} x {}, {} threads, {} MB{from}",
+        "{parameters} parameters, vocabulary {} ({}); {} training and {} held-out tokens{unigram}; batch {} x {}, {} threads, {} MB",
         vocab.name(),
         vocab.size(),
         tokens.len(),
@@ -330,7 +430,29 @@ fn introduction(
     )
 }
 
-fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf) -> Result<RunOptions, Failure> {
+/// What the report of a run says of its plan.
+fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
+    let (exec, plan) = (trainer.exec(), trainer.exec().plan());
+    let entries: Vec<Value> = plan.entries.iter().map(|e| json!([e.name, e.steps.len()])).collect();
+    let weights: usize = plan.weights.iter().map(|w| w.ty.bytes()).sum();
+    json!({
+        "plan": {
+            "vocabulary": format!("{} ({})", vocab.name(), vocab.size()),
+            "batch": hyper.batch,
+            "tokens of a row": hyper.seq_len,
+            "forward tokens a step": trainer.forward_tokens(),
+            "threads": exec.threads(),
+            "tensors": plan.weights.len(),
+            "bytes of weights and optimizer memory": weights,
+            "bytes allocated": exec.bytes(),
+            "kernels": plan.kernels.len(),
+            "entry points and their steps": entries,
+        },
+        "options": hyper,
+    })
+}
+
+fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf, writing: Option<Writing>) -> Result<RunOptions, Failure> {
     let decay = hyper.lr_decay.parse().map_err(Failure::corrupted)?;
     Ok(RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
@@ -339,25 +461,34 @@ fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf) -> Result<RunOptions
         validation_rows: usize::try_from(args.val_tokens / u64::from(hyper.seq_len)).unwrap_or(usize::MAX).max(1),
         save_every: args.save_every,
         keep: usize::from(args.keep),
+        explosion: args.watch.explosion,
+        writing,
         folder: Some(folder),
     })
 }
 
 /// The result on stdout, the rest on stderr.
-fn conclude(args: &Args, options: &RunOptions, outcome: Outcome, progress: &Progress) -> Result<(), Failure> {
+fn conclude(
+    args: &Args,
+    options: &RunOptions,
+    outcome: Outcome,
+    progress: &Progress,
+    reporter: &mut Reporter,
+) -> Result<(), Failure> {
     let folder = options.folder.as_deref().unwrap_or(Path::new("."));
     let path = checkpoint::path_of(folder, progress.step);
-    if !args.quiet {
-        let time = Short(Duration::from_secs_f64(progress.seconds));
-        match outcome {
-            Outcome::Finished => eprintln!("finished {} steps in {time}", progress.step),
-            Outcome::Stopped => eprintln!(
-                "stopped behind step {} after {time}; go on with: chimera-run train --resume {}",
-                progress.step,
+    let (step, time) = (progress.step, time(progress.seconds));
+    let (kind, line) = match outcome {
+        Outcome::Finished => ("finish", format!("finished {step} steps in {time}")),
+        Outcome::Stopped => (
+            "stop",
+            format!(
+                "stopped behind step {step} after {time}; go on with: chimera-run train --resume {}",
                 folder.display()
             ),
-        }
-    }
+        ),
+    };
+    reporter.note(kind, step, &line, Value::Null)?;
     if !args.json {
         writeln!(std::io::stdout().lock(), "{}", path.display())?;
     }
