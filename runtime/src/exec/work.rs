@@ -95,6 +95,8 @@ impl Counter<'_> {
                 self.touched[b.0 as usize] += self.times;
                 self.expr(index) + self.expr(e)
             }
+            // A hint computes nothing that anybody reads.
+            Stmt::Prefetch(..) => Work::default(),
             Stmt::For { var, lo, hi, step, body, .. } => {
                 self.repeated(*var, lo, hi, *step as f64, |counter| counter.body(body))
             }

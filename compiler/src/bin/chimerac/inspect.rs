@@ -157,11 +157,11 @@ fn asm(plan: &Plan, wanted: &str, args: &Args) -> Result<(), Failure> {
 
 fn why(plan: &Plan, args: &Args) -> Result<(), Failure> {
     let target = target(plan, args)?;
-    let table = args.build.table(&target)?;
+    let table = args.common.build.table(&target)?;
     let threads = table.as_ref().map_or(tuning::THREADS, |t| t.threads);
     let report = inspect::why(plan, &Tuning { table, target, threads });
     let (text, value) = both(&report, args.verbose)?;
-    if args.json { print_json(&value) } else { print(&text) }
+    if args.common.json { print_json(&value) } else { print(&text) }
 }
 
 fn dot(plan: &Plan, name: &str, json: bool) -> Result<(), Failure> {
