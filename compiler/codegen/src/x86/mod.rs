@@ -34,7 +34,7 @@ impl Emitter for Wide {
     }
 
     fn version(&self) -> u32 {
-        1
+        2
     }
 
     fn accepts(&self, kernel: &Kernel, target: &Target) -> Result<(), Refusal> {
@@ -67,12 +67,10 @@ impl Emitter for Wide {
     }
 }
 
-/// Whether there is an instruction for byte products that are added to 32 bits.
+/// Whether there is an instruction for byte products that are added to 32 bits, at every width.
 fn has_dot(target: &Target) -> bool {
-    target.has(Feature::AvxVnni) || (target.has(Feature::Avx512Vnni) && target.has(Feature::Avx512vl))
-}
-
-/// The widest vectors.
-fn widest(_target: &Target) -> Width {
-    Width::Y
+    target.has(match encode::widest(target) {
+        Width::Z => Feature::Avx512Vnni,
+        _ => Feature::AvxVnni,
+    })
 }

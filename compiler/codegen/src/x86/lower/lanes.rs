@@ -7,7 +7,7 @@ use super::{Lower, Slot, Wide};
 use crate::shape::{Fact, Lanes};
 use crate::walk;
 
-/// No more vectors than this at once: there are 16 registers.
+/// No more vectors than this at once.
 const MOST: usize = 8;
 /// The most lanes that run at once.
 pub(super) const MOST_LANES: i32 = (MOST * 16) as i32;
@@ -64,6 +64,8 @@ impl Lower<'_> {
         let widths = [Width::Z, Width::Y, Width::X].into_iter().filter(|w| *w <= self.widest);
         let mut plan = vec![];
         for w in widths {
+            // Where there are vectors of 512 bits there are twice as many registers.
+            let n = if w == Width::Z { (2 * n).min(MOST) } else { n };
             // As many as fit once.
             let fit = extent.map_or(n, |e| n.min((e.max(0) as usize / lanes_of(w)).max(1)));
             plan.extend([(w, fit), (w, 1)]);

@@ -124,7 +124,7 @@ pub(super) fn lower(kernel: &Kernel, target: &Target) -> Function {
         wide: None,
         lane: 0,
         has_dot: super::has_dot(target),
-        widest: super::widest(target),
+        widest: super::encode::widest(target),
         halves: vec![None; n],
         fresh: false,
         zeros: vec![],
