@@ -150,6 +150,51 @@ fn innermost_loops_hold_what_they_need_in_registers() {
     }
 }
 
+/// The instructions that are marked as the hottest.
+fn hot(text: &str) -> Vec<&str> {
+    let from = text.lines().skip_while(|l| *l != "; hot loop").skip(1);
+    from.take_while(|l| *l != "; end of the hot loop").collect()
+}
+
+#[test]
+fn the_hot_loop_is_marked_and_works_on_whole_vectors() {
+    for (kernel, mnemonic) in [(product(8, 64, 64), "vfmadd231ps"), (under_pressure().swap_remove(4), "vpmaddubsw")] {
+        let text = disassemble(&kernel, &target("x86-64-v3")).unwrap();
+        let hot = hot(&text);
+        assert!(innermost_loops(&text).contains(&hot) && count(&hot, mnemonic) > 0, "{text}");
+        assert_eq!(count(&hot, "xmm"), 0, "{}", hot.join("\n"));
+    }
+}
+
+#[test]
+fn upper_halves_are_clean_on_return() {
+    for kernel in under_pressure() {
+        for name in TARGETS {
+            let text = disassemble(&kernel, &target(name)).unwrap();
+            let lines: Vec<&str> = text.lines().collect();
+            for (n, line) in lines.iter().enumerate().filter(|(_, l)| l.trim_end().ends_with("ret")) {
+                assert!(lines[n - 1].contains("vzeroupper"), "kernel {} for {name}: {line}", kernel.name);
+            }
+        }
+    }
+}
+
+/// Those with fused byte products at their full width are the second and the last.
+const TARGETS: [&str; 5] = ["x86-64-v3", "x86-64-v3+avxvnni", "x86-64-v4", "x86-64-v4+avxvnni", "x86-64-v4+avx512vnni"];
+
+#[test]
+fn instructions_are_those_of_the_target() {
+    let kernel = under_pressure().swap_remove(4);
+    for (n, name) in TARGETS.into_iter().enumerate() {
+        let text = disassemble(&kernel, &target(name)).unwrap();
+        assert!(text.starts_with("; wide"), "{name}");
+        let fused = matches!(n, 1 | 4);
+        assert_eq!(text.contains("vpdpbusd"), fused, "{name}");
+        assert_eq!(text.contains("vpmaddubsw"), !fused, "{name}");
+        assert_eq!(text.contains("zmm"), name.contains("v4"), "{name}");
+    }
+}
+
 #[test]
 fn byte_dots_use_what_the_target_has() {
     let inner = |name| disassemble(&dots(), &target(name)).unwrap();
