@@ -114,7 +114,9 @@ impl OpDef for Mlstm {
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {
         let k = ins[Q].cols() / self.heads;
         let c = self.chunk.min(ins[Q].dims[1]);
-        let each = if c <= 1 { 6 * k * k + 80 } else { 4 * k * k + 4 * c * k + 12 * c / 2 + 80 };
+        // Pairs of a token in a chunk: those before it and in its block.
+        let pairs = (c + BLOCK.min(c)) / 2;
+        let each = if c <= 1 { 6 * k * k + 80 } else { 4 * k * k + 4 * pairs * k + 12 * pairs + 80 };
         Flops::float(ins[Q].rows() * self.heads * each)
     }
 

@@ -22,6 +22,7 @@ mod gather_rows;
 mod group_scale;
 mod heads;
 mod linear;
+mod long;
 mod loop_exit;
 mod loop_mask;
 mod loss_mean;

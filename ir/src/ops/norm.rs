@@ -1,6 +1,6 @@
 //! Normalisation of groups of columns, with an optional gain.
 
-use super::{Accuracy, Axis, Flops, InferError, OpDef, check};
+use super::{Accuracy, Axis, Flops, InferError, OpDef, check, long::long};
 use crate::{
     DType, Tensor, Type,
     loops::{Acc, Buf, Expr, f32c, math},
@@ -76,15 +76,14 @@ impl Moments {
     pub(super) fn of(cx: &mut Lower<'_>, norm: &Norm, x: Buf, base: &Expr) -> Moments {
         let width = norm.width as f32;
         let mean = (norm.kind == NormKind::Layer).then(|| {
-            let sum = cx.sum(0, norm.width, |_, j| Expr::load(x, base + j));
+            let sum = long(cx, norm.width, &|_, j| Acc::Sum(Expr::load(x, base + j)));
             cx.b.bind(sum / f32c(width))
         });
-        let squares = cx.reduce(0, norm.width, |cx, j| {
+        let sum = long(cx, norm.width, &|cx, j| {
             let x = Expr::load(x, base + j);
             let x = cx.b.bind(mean.iter().fold(x, |x, m| x - m));
-            vec![Acc::Dot(x.clone(), x)]
+            Acc::Dot(x.clone(), x)
         });
-        let sum = squares[0].clone();
         let mean_square = if norm.kind == NormKind::L2 { sum } else { sum / f32c(width) };
         Moments { mean, scale: cx.b.bind(math::rsqrt(mean_square + f32c(norm.eps))) }
     }

@@ -1,6 +1,6 @@
 //! Activations to signed bytes with a scale for every block.
 
-use super::{Flops, InferError, OpDef, check};
+use super::{Flops, InferError, OpDef, check, long::long};
 use crate::{
     DType, Data, Tensor, Type,
     loops::{Acc, Buf, Expr, f32c, i32c, int, math},
@@ -78,7 +78,7 @@ fn quantise_block(
     to: Codes,
     read: Read<'_>,
 ) {
-    let peak = cx.reduce(0, len, |cx, j| vec![Acc::Max(read(cx, &(lo + j)).abs())]).remove(0);
+    let peak = long(cx, len, &|cx, j| Acc::Max(read(cx, &(lo + j)).abs()));
     let scale = cx.b.bind(peak.max(f32c(1e-5)) / f32c(127.0));
     if let Some(scales) = to.scales {
         cx.b.store(scales, row * nc + c, &scale);

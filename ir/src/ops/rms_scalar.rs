@@ -2,7 +2,7 @@
 //!
 //! Runs of [`RUN`] elements are summed in single precision, the runs in double precision, so size does not cost accuracy.
 
-use super::{Accuracy, Axis, Flops, InferError, OpDef};
+use super::{Accuracy, Axis, Flops, InferError, OpDef, long::long};
 use crate::{
     DType, Tensor, Type,
     loops::{Acc, Expr, Ty, f64c},
@@ -40,14 +40,20 @@ impl OpDef for RmsScalar {
         let (n, g) = (cx.ty(0).numel(), cx.buf(0));
         cx.grid(1);
         let total = cx.local(f64c(0.0));
-        cx.each_step(0, n, RUN, |cx, at| {
-            let end = cx.bind((&at + RUN).min(Expr::from(n)));
-            let sum = cx.reduce(at, end, |cx, i| {
-                let x = cx.bind(Expr::load(g, i));
-                vec![Acc::Dot(x.clone(), x)]
+        let run = |cx: &mut Lower<'_>, at: &Expr, n: usize| {
+            let sum = long(cx, n, &|cx, i| {
+                let x = cx.bind(Expr::load(g, at + i));
+                Acc::Dot(x.clone(), x)
             });
-            cx.set(total, total + sum[0].clone().cast(Ty::F64));
-        });
+            cx.set(total, total + sum.cast(Ty::F64));
+        };
+        let full = n / RUN * RUN;
+        if full > 0 {
+            cx.each_step(0, full, RUN, |cx, at| run(cx, &at, RUN));
+        }
+        if n > full {
+            run(cx, &Expr::from(full), n - full);
+        }
         cx.put(0, 0, (total / f64c(n as f64)).sqrt().cast(Ty::F32));
     }
 

@@ -5,7 +5,7 @@
 use super::{Accuracy, Axis, Flops, InferError, OpDef};
 use crate::{
     DType, Tensor, Type,
-    loops::{Expr, Ty, f32c, math},
+    loops::{Acc, Expr, Ty, f32c, i32c, math},
     lower::Lower,
 };
 
@@ -85,14 +85,15 @@ impl OpDef for Route {
         });
         let total = cx.local(f32c(0.0));
         for j in 0..self.k {
-            let (best, at) = (cx.local(f32c(f32::NEG_INFINITY)), cx.local(Expr::from(0)));
-            cx.each(0, experts, |cx, e| {
-                let x = cx.bind(Expr::load(score, &e));
-                let better = cx.bind(Expr::from(best).lt(&x));
-                cx.set(at, better.clone().select(e, at));
-                cx.set(best, better.select(x, best));
+            let best = cx.reduce(0, experts, |_, e| vec![Acc::Max(Expr::load(score, e))]).remove(0);
+            // The first of the best has the greatest distance from the end; expert 0 where no score is a number.
+            let left = cx.reduce(0, experts, |cx, e| {
+                let is_best = cx.bind(Expr::load(score, &e).eq(&best));
+                vec![Acc::Max(is_best.select((Expr::from(experts) - e).cast(Ty::I32), i32c(0)))]
             });
-            let at = cx.bind(Expr::from(at).max(Expr::from(0)).min(Expr::from(experts - 1)));
+            let left = f32c(f32::NEG_INFINITY).lt(&best).select(left[0].clone(), i32c(experts as i32));
+            let at = Expr::from(experts) - left.cast(Ty::I64);
+            let at = cx.bind(at.max(Expr::from(0)).min(Expr::from(experts - 1)));
             cx.store(score, &at, f32c(f32::NEG_INFINITY));
             let x = cx.bind(Expr::load(s, &at));
             cx.store(chosen, j, &x);

@@ -1,6 +1,6 @@
 //! Root mean square of each row.
 
-use super::{Accuracy, Flops, InferError, OpDef};
+use super::{Accuracy, Flops, InferError, OpDef, long::long};
 use crate::{
     DType, Tensor, Type,
     loops::{Acc, f32c},
@@ -44,12 +44,12 @@ impl OpDef for RowRms {
     fn lower(&self, cx: &mut Lower<'_>) {
         let x = cx.ty(0).clone();
         let row = cx.b.grid(x.rows());
-        let sum = cx.reduce(0, x.cols(), |cx, i| {
-            let v = cx.load(0, &row, &i);
+        let sum = long(cx, x.cols(), &|cx, i| {
+            let v = cx.load(0, &row, i);
             let v = cx.b.bind(v);
-            vec![Acc::Dot(v.clone(), v)]
+            Acc::Dot(v.clone(), v)
         });
-        let rms = (&sum[0] / f32c(x.cols() as f32) + f32c(self.eps)).sqrt();
+        let rms = (sum / f32c(x.cols() as f32) + f32c(self.eps)).sqrt();
         cx.push(&row, &0.into(), &[(0, rms)]);
     }
 
