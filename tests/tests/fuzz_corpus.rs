@@ -146,6 +146,11 @@ fn vocab() {
 }
 
 #[test]
+fn journal() {
+    replay("journal");
+}
+
+#[test]
 fn corpora_are_small_and_every_target_is_replayed() {
     let mut total = 0;
     for (name, _) in targets::TARGETS {

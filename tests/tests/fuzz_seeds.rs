@@ -17,6 +17,7 @@ use chimera_runtime::files::b158::{self, B158, Entry, ScaleEncoding, ScaleMode, 
 use chimera_runtime::files::safetensors::SafeTensors;
 use chimera_runtime::files::{HostTensor, npy, safetensors};
 use chimera_runtime::text::Vocab;
+use chimera_runtime::train::journal::{self, Header, Item, Record, Rollback, StepRecord};
 
 type Failure = Box<dyn Error>;
 
@@ -117,6 +118,23 @@ fn write_all(root: &Path) -> Result<(), Failure> {
     safetensors::write(&safes.join("seed-four.safetensors"), &tensors, &metadata)?;
     safetensors::write(&safes.join("seed-empty.safetensors"), &[], &BTreeMap::new())?;
 
+    let at = folder("journal")?;
+    let step = |step: u64, rollbacks| {
+        let (c, loads) = (numbers(step as usize % 4), vec![step as i32, -1, 300]);
+        let (position, lr, loss, seconds) = (16 * step, 0.01, 3.5, 0.25 * step as f64);
+        Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads })
+    };
+    let back = Record::Rollback(Rollback { at: 3, to: 1, position: 64, rollbacks: 1, loss: f64::NAN });
+    let write = |name: &str, header: &Header, records: &[Record]| {
+        let mut bytes = header.to_bytes();
+        records.iter().for_each(|r| r.write(&mut bytes));
+        put(&at, name, &bytes)
+    };
+    write("seed-empty.journal", &Header::new(0, "{}", "data"), &[])?;
+    write("seed-steps.journal", &Header::new(7, "{}", "9 tokens"), &[step(8, 0), step(9, 0), step(10, 0)])?;
+    let taken_back = [step(1, 0), step(2, 0), step(3, 0), back, step(2, 1), step(3, 1)];
+    write("seed-rollback.journal", &Header::new(0, "{}", "9 tokens"), &taken_back)?;
+
     let at = folder("vocab")?;
     put(&at, "seed-bytes.vocab", Vocab::bytes().to_text().as_bytes())?;
     put(&at, "seed-o200k.vocab", Vocab::o200k().to_text().as_bytes())?;
@@ -135,10 +153,20 @@ fn accepted(target: &str, file: &Path) -> Result<(), Failure> {
         "b158" => B158::open(file)?.verify_all()?,
         "safetensors" => drop(SafeTensors::open(file)?),
         "npy" => drop(npy::read(file)?),
+        "journal" => journal_of_records(&fs::read(file)?)?,
         "vocab" => drop(Vocab::load(file)?),
         other => return Err(format!("no target is called {other}").into()),
     }
     Ok(())
+}
+
+/// A journal without damage.
+fn journal_of_records(bytes: &[u8]) -> Result<(), Failure> {
+    let (_, mut items) = journal::read(bytes)?;
+    match items.all(|(_, item)| matches!(item, Item::Record(_))) {
+        true => Ok(()),
+        false => Err("it has bytes that are no record".into()),
+    }
 }
 
 #[test]
@@ -160,7 +188,7 @@ fn seeds_are_accepted() -> Result<(), Failure> {
             }
         }
     }
-    assert_eq!(seeds.len(), 6, "every target has seeds: {seeds:?}");
+    assert_eq!(seeds.len(), 7, "every target has seeds: {seeds:?}");
     assert!(seeds.values().all(|&n| n >= 2), "{seeds:?}");
     Ok(())
 }

@@ -12,8 +12,9 @@ use chimera_ir::plan::Plan;
 use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::text::{Batches, TokenStream, Vocab};
 use chimera_runtime::train::checkpoint::{self, Meta};
+use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::metrics::Log;
-use chimera_runtime::train::weights::WeightFile;
+use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
     Budget, Decay, Event, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
 };
@@ -66,6 +67,8 @@ fn options(folder: &Path) -> RunOptions {
         validation_rows: 3,
         save_every: 2,
         keep: 1,
+        explosion: 0.0,
+        writing: None,
         folder: Some(folder.to_path_buf()),
     }
 }
@@ -76,13 +79,19 @@ fn meta(plan: &Plan, progress: Progress) -> Meta {
 }
 
 /// Trains until the end or `stop_at` steps, and logs the losses.
-fn train(trainer: &mut Trainer, folder: &Path, progress: Progress, stop_at: u64) -> (Outcome, Progress) {
+fn train(trainer: &mut Trainer, folder: &Path, from: Option<&Standing>, stop_at: u64) -> (Outcome, Progress) {
+    let progress = from.map_or(Progress::default(), Standing::progress);
     let vocab = Vocab::bytes();
     let (batches, validation) = streams(&vocab);
     let meta = meta(trainer.exec().plan(), progress);
+    let journal = match from {
+        Some(standing) => standing.continue_in(folder),
+        None => Journal::create(folder, &Header::new(0, &meta.config, &meta.data)),
+    };
+    let journal = Some(journal.expect("a journal"));
     let mut log = Log::open(folder, progress.step).expect("a log");
     let step = Cell::new(progress.step);
-    let mut run = Run { trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta };
+    let mut run = Run { trainer, batches: &batches, validation: &validation, vocab: &vocab, progress, meta, journal };
     let outcome = run.train(&options(folder), &|| step.get() >= stop_at, &mut |event| match event {
         Event::Step(m) => {
             step.set(m.step);
@@ -124,30 +133,40 @@ fn interruptions_and_threads_change_nothing() {
         let [whole, parted] = ["whole", "parted"].map(|n| folder.path().join(n));
         let start = bits(&trainer(&plan, 1));
         let mut first = trainer(&plan, 1);
-        let (outcome, progress) = train(&mut first, &whole, Progress::default(), u64::MAX);
+        let (outcome, progress) = train(&mut first, &whole, None, u64::MAX);
         assert_eq!((outcome, progress.step, progress.position), (Outcome::Finished, STEPS, STEPS * ROWS as u64));
         assert_ne!(bits(&first), start, "training moves weights");
 
         let mut second = trainer(&plan, 2);
-        let (outcome, progress) = train(&mut second, &parted, Progress::default(), 3);
+        let (outcome, progress) = train(&mut second, &parted, None, 3);
         assert_eq!((outcome, progress.step), (Outcome::Stopped, 3));
         drop(second);
         // Lines behind the checkpoint, as a killed process leaves them.
         let log = parted.join(Log::NAME);
         let lines = fs::read_to_string(&log).expect("a log") + "{\"step\": 4, \"loss\": 1.0}\n{\"st";
         fs::write(&log, lines).expect("written");
-        let newest = checkpoint::latest(&parted).expect("listed").expect("a checkpoint");
-        let file = WeightFile::open(&newest).expect("opened");
-        let saved = checkpoint::meta(&file).expect("readable").expect("a checkpoint");
-        assert_eq!(saved, meta(&plan, progress));
-        let mut third = trainer(&plan, 2);
-        checkpoint::restore(&file, third.exec_mut()).expect("restored");
-        let (outcome, _) = train(&mut third, &parted, saved.progress, u64::MAX);
+        // By the last checkpoint and by that of the beginning and the journal.
+        let standing = Standing::newest(&parted).expect("sound").expect("a run");
+        assert_eq!(standing.meta, meta(&plan, progress));
+        let third = |step: u64| {
+            for later in checkpoint::steps(&parted).expect("listed").into_iter().filter(|&s| s > step) {
+                fs::remove_file(checkpoint::path_of(&parted, later)).expect("removed");
+            }
+            let standing = Standing::newest(&parted).expect("sound").expect("a run");
+            assert_eq!((standing.meta.progress.step, standing.progress()), (step, progress));
+            let mut third = trainer(&plan, 2);
+            standing.restore(&mut third).expect("restored");
+            (third, standing)
+        };
+        let (restored, _) = third(3);
+        let (mut third, standing) = third(0);
+        assert!(bits(&restored) == bits(&third), "a checkpoint has the bits of the journal");
+        let (outcome, _) = train(&mut third, &parted, Some(&standing), u64::MAX);
         assert_eq!(outcome, Outcome::Finished);
         assert!(bits(&third) == bits(&first), "a resumed run on two threads has the bits of a whole run on one");
         assert_eq!(losses(&parted), losses(&whole));
         assert_eq!(losses(&whole).iter().map(|l| l.2.is_some()).collect::<Vec<_>>(), [false, true, false, true, true]);
-        assert_eq!(checkpoint::steps(&whole).expect("listed"), [STEPS], "older checkpoints are removed");
+        assert_eq!(checkpoint::steps(&whole).expect("listed"), [0, STEPS], "checkpoints between are removed");
     }
 }
 

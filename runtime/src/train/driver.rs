@@ -335,11 +335,11 @@ impl Run<'_> {
             let saved = checkpoint::meta(&file)?.map(|meta| meta.progress);
             let calm = saved.filter(|p| to <= failed.step && is_calm(p.ema, p.lowest, options.explosion));
             if let Some(p) = calm {
-                if failed.rollbacks >= p.rollbacks + MAX_RETURNS {
+                if failed.rollbacks >= p.rollbacks.saturating_add(MAX_RETURNS) {
                     return Err(given_up);
                 }
                 checkpoint::restore(&file, self.trainer.exec_mut())?;
-                let rollbacks = failed.rollbacks + 1;
+                let rollbacks = failed.rollbacks.saturating_add(1);
                 self.progress = Progress { position, rollbacks, seconds: failed.seconds, ..p };
                 let rollback = Rollback { at: failed.step, to, position, rollbacks, loss };
                 if let Some(journal) = &mut self.journal {

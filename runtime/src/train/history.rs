@@ -27,10 +27,11 @@ impl History {
     /// When it cannot be written.
     pub fn open(folder: &Path) -> Result<History, TrainError> {
         let path = folder.join(NAME);
-        let error = |source| TrainError::Io { path: Some(path.clone()), source };
+        let error = |source| FileError::io(&path, "write", source);
         fs::create_dir_all(folder).map_err(error)?;
         // A line that a killed process left unfinished ends here.
-        let torn = fs::read(&path).is_ok_and(|old| old.last().is_some_and(|&b| b != b'\n'));
+        let is_file = fs::metadata(&path).is_ok_and(|m| m.is_file());
+        let torn = is_file && fs::read(&path).is_ok_and(|old| old.last().is_some_and(|&b| b != b'\n'));
         let mut file = File::options().create(true).append(true).open(&path).map_err(error)?;
         if torn {
             file.write_all(b"\n").map_err(error)?;
@@ -53,8 +54,7 @@ impl History {
             line.extend(further);
         }
         let line = Value::Object(line).to_string() + "\n";
-        let error = |source| TrainError::Io { path: Some(self.path.clone()), source };
-        self.file.write_all(line.as_bytes()).map_err(error)
+        Ok(self.file.write_all(line.as_bytes()).map_err(|source| FileError::io(&self.path, "write", source))?)
     }
 }
 

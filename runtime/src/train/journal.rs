@@ -23,7 +23,7 @@ pub const VERSION: u32 = 1;
 /// Bytes in front of the header: magic, version, length.
 const PRELUDE: usize = 16;
 /// First bytes of a record.
-const MARK: [u8; 3] = [0xC5, 0x4A, 0xE1];
+pub const MARK: [u8; 3] = [0xC5, 0x4A, 0xE1];
 /// Bytes of a record in front of its payload: mark, kind, length; and behind it: checksum.
 const FRONT: usize = 8;
 const BACK: usize = 4;
@@ -50,7 +50,8 @@ impl Header {
         Header { from, config: crc32c(config.as_bytes()), data: data.to_owned() }
     }
 
-    fn to_bytes(&self) -> Vec<u8> {
+    /// The first bytes of a journal.
+    pub fn to_bytes(&self) -> Vec<u8> {
         let text = json!({ "from": self.from, "config": self.config, "data": self.data }).to_string();
         let mut out = MAGIC.to_vec();
         out.extend(VERSION.to_le_bytes());
@@ -334,7 +335,7 @@ pub fn trail(items: Items<'_>, step: u64, rollbacks: u32) -> Trail {
             Item::Damage => damage = Some(place.start),
             Item::Record(Record::Rollback(r)) if r.rollbacks <= rollbacks => out.end = place.end,
             Item::Record(Record::Rollback(r)) => {
-                match r.rollbacks == out.rollbacks + 1 && (step..=reached).contains(&r.to) {
+                match r.rollbacks.checked_sub(1) == Some(out.rollbacks) && (step..=reached).contains(&r.to) {
                     true => {
                         out.steps.truncate((r.to - step) as usize);
                         (out.rollbacks, out.rollback, out.end) = (r.rollbacks, Some(r), place.end);
@@ -347,7 +348,7 @@ pub fn trail(items: Items<'_>, step: u64, rollbacks: u32) -> Trail {
             {
                 out.end = place.end;
             }
-            Item::Record(Record::Step(s)) if s.rollbacks == out.rollbacks && s.step == reached + 1 => {
+            Item::Record(Record::Step(s)) if s.rollbacks == out.rollbacks && s.step.checked_sub(1) == Some(reached) => {
                 out.steps.push(s);
                 out.end = place.end;
             }
@@ -378,7 +379,9 @@ impl Journal {
         let error = |source| failed(&path, source);
         fs::create_dir_all(folder).map_err(error)?;
         // One without records belongs to a run that ended before its first step.
-        let begun = fs::read(&path).is_ok_and(|old| read(&old).is_ok_and(|(_, mut items)| items.next().is_some()));
+        let is_file = fs::metadata(&path).is_ok_and(|m| m.is_file());
+        let begun =
+            is_file && fs::read(&path).is_ok_and(|old| read(&old).is_ok_and(|(_, mut items)| items.next().is_some()));
         if begun {
             return Err(error(io::ErrorKind::AlreadyExists.into()));
         }

@@ -3,6 +3,7 @@
 //! Invariant: tokens of data and tokens of forward passes are never mixed; rates of both are reported apart.
 
 use super::TrainError;
+use crate::files::FileError;
 use crate::files::atomic::write_atomic;
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -161,8 +162,7 @@ impl Log {
     /// When it cannot be written.
     pub fn add(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
         let line = metrics.to_json() + "\n";
-        let error = |source| TrainError::Io { path: Some(self.path.clone()), source };
-        self.file.write_all(line.as_bytes()).map_err(error)
+        Ok(self.file.write_all(line.as_bytes()).map_err(|source| FileError::io(&self.path, "write", source))?)
     }
 }
 

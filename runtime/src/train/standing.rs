@@ -151,6 +151,9 @@ impl Standing {
 
 /// The bytes of a journal, if there is one.
 fn bytes_of(path: &Path) -> Result<Option<Vec<u8>>, TrainError> {
+    if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+        return Ok(None);
+    }
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -4,6 +4,7 @@
 
 use super::TrainError;
 use super::metrics::StepMetrics;
+use crate::files::FileError;
 use crc32c::crc32c;
 use std::fs::{self, File};
 use std::io::Write;
@@ -29,7 +30,7 @@ impl EventFile {
         let began = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64();
         let name = |n: u32| folder.join(format!("events.out.tfevents.{:010.0}.chimera.{n}", began.floor()));
         let path = (0..).map(name).find(|p| !p.exists()).unwrap_or_else(|| name(0));
-        let error = |source| TrainError::Io { path: Some(path.clone()), source };
+        let error = |source| FileError::io(&path, "write", source);
         fs::create_dir_all(folder).map_err(error)?;
         let file = File::options().create_new(true).append(true).open(&path).map_err(error)?;
         let mut out = EventFile { path, file, began, started: Instant::now() };
@@ -90,7 +91,7 @@ impl EventFile {
         record.extend(masked(&length).to_le_bytes());
         record.extend(event);
         record.extend(masked(event).to_le_bytes());
-        self.file.write_all(&record).map_err(|source| TrainError::Io { path: Some(self.path.clone()), source })
+        Ok(self.file.write_all(&record).map_err(|source| FileError::io(&self.path, "write", source))?)
     }
 }
 

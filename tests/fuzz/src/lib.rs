@@ -12,13 +12,21 @@ use chimera_runtime::files::b158::{self, B158};
 use chimera_runtime::files::npy;
 use chimera_runtime::files::safetensors::SafeTensors;
 use chimera_runtime::text::Vocab;
+use chimera_runtime::train::journal::{self, Item, Record};
 
 /// A fuzz target.
 pub type Target = fn(&[u8]);
 
 /// All targets by name; the corpus of each is the folder of that name.
-pub const TARGETS: [(&str, Target); 6] =
-    [("config", config), ("plan", plan), ("b158", b158), ("safetensors", safetensors), ("npy", npy), ("vocab", vocab)];
+pub const TARGETS: [(&str, Target); 7] = [
+    ("config", config),
+    ("plan", plan),
+    ("b158", b158),
+    ("safetensors", safetensors),
+    ("npy", npy),
+    ("vocab", vocab),
+    ("journal", journal),
+];
 
 /// Errors are sentences.
 fn sentence(e: &dyn std::fmt::Display) {
@@ -287,4 +295,62 @@ fn repaired_vocab(text: &str) -> String {
     let head: String = lines.by_ref().take(3).collect();
     let ranges: String = lines.skip(1).collect();
     format!("{head}crc32c {:08x}\n{ranges}", crc32c::crc32c(ranges.as_bytes()))
+}
+
+/// A journal: what is accepted is written and read back to the same bytes, and every trail is one of steps that follow each other.
+pub fn journal(data: &[u8]) {
+    journal_once(data);
+    journal_once(&repaired_journal(data));
+}
+
+fn journal_once(data: &[u8]) {
+    let (header, items) = match journal::read(data) {
+        Ok(found) => found,
+        Err(e) => return sentence(&e),
+    };
+    let (mut end, mut known) = (None, vec![]);
+    for (place, item) in items.clone() {
+        assert!(!place.is_empty() && end.is_none_or(|end| end == place.start), "items lie side by side");
+        end = Some(place.end);
+        if let Item::Record(record) = item {
+            let mut again = vec![];
+            record.write(&mut again);
+            // A number may be written longer than it needs to be.
+            let found = Record::read(&again).unwrap_or_else(|| panic!("what was read is written and refused"));
+            assert!(found.1 == again.len() && again.len() <= place.len(), "the written form is not longer");
+            let (step, rollbacks) = match &record {
+                Record::Step(s) => (s.step, s.rollbacks),
+                Record::Rollback(r) => (r.to, r.rollbacks),
+            };
+            known.push((step, rollbacks));
+        }
+    }
+    assert!(end.is_none_or(|end| end == data.len()), "every byte belongs to an item");
+    let starts = known.iter().take(8).flat_map(|&(s, r)| [(s, r), (s.saturating_sub(1), r), (s, r.saturating_sub(1))]);
+    for (step, rollbacks) in starts.chain([(header.from, 0), (u64::MAX, u32::MAX)]) {
+        let trail = journal::trail(items.clone(), step, rollbacks);
+        assert!(trail.end <= data.len(), "the trail ends inside of the journal");
+        for (i, s) in trail.steps.iter().enumerate() {
+            assert!(s.step - step == i as u64 + 1 && s.rollbacks <= trail.rollbacks, "steps follow each other");
+        }
+    }
+}
+
+/// The same content with right checksums: of the header, and of everything that begins as a record does.
+fn repaired_journal(data: &[u8]) -> Vec<u8> {
+    let size = |at: usize| data.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
+    let mut out = data.to_vec();
+    let Some(end) = size(12).map(|n| 16 + n).filter(|end| end + 4 <= out.len()) else { return out };
+    out[..8].copy_from_slice(&journal::MAGIC);
+    out[8..12].copy_from_slice(&journal::VERSION.to_le_bytes());
+    let sum = crc32c::crc32c(&out[..end]);
+    out[end..end + 4].copy_from_slice(&sum.to_le_bytes());
+    let mut at = end + 4;
+    while let Some(end) = size(at + 4).map(|n| at + 8 + n).filter(|end| end + 4 <= out.len()) {
+        out[at..at + 3].copy_from_slice(&journal::MARK);
+        let sum = crc32c::crc32c(&out[at..end]);
+        out[end..end + 4].copy_from_slice(&sum.to_le_bytes());
+        at = end + 4;
+    }
+    out
 }

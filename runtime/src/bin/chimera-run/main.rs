@@ -13,6 +13,7 @@ mod options;
 mod pack;
 mod quickstart;
 mod replay;
+mod report;
 mod session;
 mod trace;
 mod train;
@@ -43,6 +44,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Compare two runs bit for bit
     VerifyRun(replay::VerifyArgs),
+    /// Make one page about a run: losses, speed, texts, events; also while it goes on
+    Report(report::Args),
     /// Continue a prompt
     Generate(Box<generate::Args>),
     /// Run one entry point on given tensors
@@ -62,6 +65,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Train(args) => train::run(*args),
         Command::Replay(args) => replay::replay(&args),
         Command::VerifyRun(args) => replay::verify(&args),
+        Command::Report(args) => report::run(&args),
         Command::Generate(args) => generate::run(*args),
         Command::Call(args) => call::run(*args),
         Command::Pack(args) => pack::run(*args),
@@ -73,11 +77,11 @@ fn run(command: Command) -> Result<(), Failure> {
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => report(&failure),
+        Err(failure) => fail(&failure),
     }
 }
 
-fn report(failure: &Failure) -> ExitCode {
+fn fail(failure: &Failure) -> ExitCode {
     if !failure.message.is_empty() {
         eprintln!("{failure}");
     }

@@ -31,6 +31,11 @@ const DEFAULT_STEPS: u64 = 1000;
 
 /// Options of `train`.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  chimera-run train examples/configs/nano.json --vocab bytes --data my.txt --steps 500 --out runs/first
+  chimera-run train --resume runs/first
+  chimera-run train --resume runs/first/step-00000200.b158 --out runs/branch
+  chimera-run train --scale pico --data my.txt --out runs/second --sample-every 100 --tensorboard")]
 pub struct Args {
     #[command(flatten)]
     pub model: ModelOptions,
