@@ -1,9 +1,10 @@
 //! What one run of a kernel costs, counted in its loops: operations and bytes.
 //!
-//! Counts are exact where bounds are constant or linear in the loops around them; elsewhere they are those of the middle iteration, and
-//! a bound that depends on data is as large as it may be. The ternary product states its work in its contract.
+//! Counts are exact where bounds are constant or linear in the loops around them; elsewhere they are those of the middle iteration, a
+//! bound that depends on data is as large as it may be, and so is the cost of a choice that does. The ternary product states its work
+//! in its contract.
 
-use chimera_ir::loops::{Acc, Bin, Expr, GRID, Kernel, Role, Stmt, Ty, Un, Var};
+use chimera_ir::loops::{Acc, Bin, Cmp, Expr, GRID, Kernel, Role, Stmt, Ty, Un, Var};
 use std::collections::HashMap;
 use std::ops::{Add, Mul};
 
@@ -40,7 +41,10 @@ impl Mul<f64> for Work {
 /// The cost of one run over the whole grid.
 pub fn work(kernel: &Kernel) -> Work {
     let n = kernel.grid.clamp(1, SAMPLES);
-    let mut counter = Counter { kernel, known: HashMap::new(), touched: vec![0.0; kernel.bufs.len()], times: 0.0 };
+    let mut assigned = HashMap::new();
+    count_assignments(&kernel.body, &mut assigned);
+    let touched = vec![0.0; kernel.bufs.len()];
+    let mut counter = Counter { kernel, assigned, known: HashMap::new(), touched, times: 0.0 };
     let mut total = Work::default();
     for sample in 0..n {
         // The middles of equal parts of the grid.
@@ -67,8 +71,22 @@ fn passes(role: Role) -> f64 {
     if role == Role::InOut { 2.0 } else { 1.0 }
 }
 
+/// How many statements assign each local.
+fn count_assignments(body: &[Stmt], n: &mut HashMap<Var, u32>) {
+    for s in body {
+        match s {
+            Stmt::Let(v, _) => *n.entry(*v).or_default() += 1,
+            Stmt::For { body, .. } | Stmt::Reduce { body, .. } => count_assignments(body, n),
+            Stmt::If(_, a, b) => [a, b].into_iter().for_each(|body| count_assignments(body, n)),
+            Stmt::Store(..) => {}
+        }
+    }
+}
+
 struct Counter<'a> {
     kernel: &'a Kernel,
+    /// What several statements assign has no expected value.
+    assigned: HashMap<Var, u32>,
     /// Expected values of integer variables.
     known: HashMap<Var, f64>,
     /// Elements of each buffer that are touched, repetitions included.
@@ -85,7 +103,7 @@ impl Counter<'_> {
     fn statement(&mut self, s: &Stmt) -> Work {
         match s {
             Stmt::Let(v, e) => {
-                match self.value(e) {
+                match self.value(e).filter(|_| self.assigned.get(v) == Some(&1)) {
                     Some(x) => drop(self.known.insert(*v, x)),
                     None => drop(self.known.remove(v)),
                 }
@@ -101,9 +119,16 @@ impl Counter<'_> {
                 self.repeated(*var, lo, hi, *step as f64, |counter| counter.body(body))
             }
             Stmt::If(c, then, other) => {
-                let cost = self.expr(c);
-                let (a, b) = (self.body(then), self.body(other));
-                cost + if a.flops + a.ternary >= b.flops + b.ternary { a } else { b }
+                let (cost, often, times) = (self.expr(c), self.often(c), self.times);
+                self.times = times * often.unwrap_or(1.0);
+                let a = self.body(then);
+                self.times = times * (1.0 - often.unwrap_or(0.0));
+                let b = self.body(other);
+                self.times = times;
+                match often {
+                    Some(_) => cost + a + b,
+                    None => cost + if a.flops + a.ternary >= b.flops + b.ternary { a } else { b },
+                }
             }
             Stmt::Reduce { var, lo, hi, body, accs } => self.repeated(*var, lo, hi, 1.0, |counter| {
                 accs.iter().fold(counter.body(body), |sum, (v, acc)| {
@@ -157,6 +182,29 @@ impl Counter<'_> {
         }
     }
 
+    /// How often a condition holds, as far as that is known: of alternatives the most frequent one that is, and one residue in `n` is
+    /// met every `n` times.
+    fn often(&self, c: &Expr) -> Option<f64> {
+        match c {
+            Expr::Bin(op @ (Bin::Or | Bin::And), a, b) => match (self.often(a), self.often(b)) {
+                (Some(a), Some(b)) => Some(if *op == Bin::Or { a.max(b) } else { a.min(b) }),
+                (a, b) => a.or(b),
+            },
+            Expr::Un(Un::Not, a) => self.often(a).map(|p| 1.0 - p),
+            Expr::Cmp(op, a, b) => match (op, &**a, self.value(a), self.value(b)) {
+                (Cmp::Eq, Expr::Bin(Bin::Rem, _, n), None, Some(_)) => Some(1.0 / self.value(n)?.max(1.0)),
+                (_, _, Some(a), Some(b)) => Some(f64::from(u8::from(match op {
+                    Cmp::Eq => a == b,
+                    Cmp::Ne => a != b,
+                    Cmp::Lt => a < b,
+                    Cmp::Le => a <= b,
+                }))),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// What an integer is in the middle of the loops around it; a bound by unknown data is reached.
     fn value(&self, e: &Expr) -> Option<f64> {
         match e {
@@ -197,7 +245,9 @@ fn flops(flops: f64) -> Work {
 mod tests {
     use super::*;
     use chimera_ir::lower::Cluster;
-    use chimera_ir::ops::{Linear, NormKind, NormQuantise, PANEL, TernaryProduct, packed_type};
+    use chimera_ir::ops::{
+        GatedDelta, Linear, Mlstm, NormKind, NormQuantise, PANEL, TernaryProduct, TitansMemory, packed_type,
+    };
     use chimera_ir::{DType, Op, Type};
 
     fn of(op: impl Into<Op>, types: &[Type]) -> Work {
@@ -223,6 +273,33 @@ mod tests {
         assert!(ternary.flops > 0.0 && ternary.flops < ternary.ternary / 8.0, "{ternary:?}");
         let all: usize = types.iter().map(Type::bytes).sum::<usize>() + 4 * m * n;
         assert_eq!(ternary.bytes, all as f64);
+    }
+
+    #[test]
+    fn recurrences_cost_about_what_they_state() {
+        let (shape, heads, width) = ([2, 128], 4, 64);
+        let of_row = |cols: usize| Type::f32(&[shape[0], shape[1], cols]);
+        let operands = |gates: usize, more: &[Type]| {
+            let mut types = vec![of_row(heads * width); 3];
+            types.extend(vec![of_row(heads); gates]);
+            types.push(Type::i32(&shape));
+            types.extend_from_slice(more);
+            types
+        };
+        let start = Type::f32(&[heads, width, width]);
+        let cases: [(Op, Vec<Type>); 3] = [
+            (GatedDelta { heads, chunk: 64, carry: false }.into(), operands(2, &[])),
+            (Mlstm { heads, chunk: 64, carry: false }.into(), operands(2, &[])),
+            (
+                TitansMemory { heads, inner: 16, normalise: true, chunked: true, carry: false }.into(),
+                operands(3, &[start.clone(), start]),
+            ),
+        ];
+        for (op, types) in cases {
+            let outs = op.infer(&types).expect("the operation fits");
+            let ratio = of(op.clone(), &types).flops / op.flops(&types, &outs).float as f64;
+            assert!((0.7..1.4).contains(&ratio), "{}: {ratio} times as many", op.name());
+        }
     }
 
     #[test]
