@@ -11,8 +11,14 @@ pub fn cpu_name() -> String {
     value("model name").or_else(|| value("Model")).unwrap_or_else(|| format!("unknown {}", std::env::consts::ARCH))
 }
 
+/// Bytes that caches do not hold: more than the last level, at least 512 MB, at most half of the free memory.
+pub fn beyond_caches() -> u64 {
+    let cache = last_level_cache().unwrap_or(0);
+    (cache + cache / 4).max(512 << 20).min(available().map_or(u64::MAX, |m| m / 2))
+}
+
 /// Bytes of the last-level cache.
-pub fn last_level_cache() -> Option<u64> {
+fn last_level_cache() -> Option<u64> {
     let size = |i: u32| {
         let text = fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{i}/size")).ok()?;
         text.trim().strip_suffix('K')?.parse::<u64>().ok().map(|k| k << 10)
@@ -33,6 +39,6 @@ pub fn resident() -> Option<u64> {
 }
 
 /// Bytes that may be allocated without swapping.
-pub fn available() -> Option<u64> {
+fn available() -> Option<u64> {
     kilobytes("/proc/meminfo", "MemAvailable")
 }

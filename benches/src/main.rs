@@ -5,13 +5,19 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a command line program")]
 #![allow(unreachable_pub, reason = "modules of a binary")]
 
+mod gemv;
 mod kernels;
 mod machine;
 mod measure;
 mod model;
+mod outside;
 mod peaks;
+mod peers;
+mod profile;
 mod row;
 mod single;
+mod stack;
+mod subject;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -19,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use chimera_codegen::Target;
+use chimera_frontends::config::Scale;
 use chimera_runtime::affinity::available_threads;
 use clap::{Parser, ValueEnum};
 use measure::Setup;
@@ -41,6 +48,12 @@ struct Args {
     /// Measure processor time, for machines that do other work too; with one thread only
     #[arg(long)]
     processor_time: bool,
+    /// Print where the time of the dual forward of that scale goes, kernel by kernel, and measure nothing else (model)
+    #[arg(long, value_name = "SCALE")]
+    profile: Option<Scale>,
+    /// Measure PyTorch and llama.cpp too, where that Python has them
+    #[arg(long, value_name = "PYTHON", num_args = 0..=1, default_missing_value = "python3")]
+    peers: Option<PathBuf>,
     /// Write the rows as a JSON list
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -84,22 +97,47 @@ fn main() -> Result<()> {
     let target = args.isa.unwrap_or_else(chimera_codegen::host);
     let setup = Setup { threads, target, processor_time: args.processor_time };
     let mut show = progress();
-    let (name, rows) = match args.suite {
+    if let Some(scale) = args.profile {
+        ensure!(matches!(args.suite, Suite::Model), "--profile belongs to `model`");
+        ensure!(
+            !args.record && args.json.is_none() && args.peers.is_none(),
+            "--profile prints a table and has no rows"
+        );
+        let table = profile::run(scale, &setup, args.quick, &mut show)?;
+        clear_progress();
+        return print(&table);
+    }
+    let (name, mut rows) = match args.suite {
         Suite::Kernels => ("kernels", kernels::run(&setup, args.quick, &mut show)?),
         Suite::Model => ("model", model::run(&setup, args.quick, &mut show)?),
     };
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K");
+    if let Some(python) = &args.peers {
+        outside::add(&mut rows, name, python, &setup, args.quick, &mut show)?;
     }
+    clear_progress();
     if let Some(path) = &args.json {
         std::fs::write(path, row::json(&rows)?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if args.record {
         let quick = if args.quick { " --quick" } else { "" };
-        let command = format!("cargo run --release -p chimera-benches -- {name}{quick} --threads {threads} --record");
-        eprintln!("recorded in {}", row::record(name, threads, &command, &rows)?.display());
+        let peers = if args.peers.is_some() { " --peers" } else { "" };
+        let isa = args.isa.map_or(String::new(), |isa| format!(" --isa {isa}"));
+        let clock = if args.processor_time { " --processor-time" } else { "" };
+        let options = format!("{quick} --threads {threads}{isa}{clock}{peers}");
+        let command = format!("cargo run --release -p chimera-benches -- {name}{options} --record");
+        eprintln!("recorded in {}", row::record(name, threads, &target.to_string(), &command, &rows)?.display());
     }
-    match write!(std::io::stdout().lock(), "{}", row::table(&rows)) {
+    print(&row::table(&rows))
+}
+
+fn clear_progress() {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
+}
+
+fn print(table: &str) -> Result<()> {
+    match write!(std::io::stdout().lock(), "{table}") {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot write the table"),
     }

@@ -53,7 +53,7 @@ impl Setup {
     }
 
     /// The time now, from some point on.
-    fn now(&self) -> Duration {
+    pub fn now(&self) -> Duration {
         if !self.processor_time {
             static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
             return START.elapsed();

@@ -1,6 +1,6 @@
 //! Entry points of the plans of whole models, and what it takes to get there.
 //!
-//! Before it is timed, every entry point has given the same bits with one thread and with several.
+//! Before it is timed, every entry point has given the same bits with one thread and with several. Vocabularies are restricted to 8192.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -18,8 +18,9 @@ use chimera_runtime::train::{Trainer, init};
 
 use crate::machine;
 use crate::measure::{Case, Effort, Setup, measure, median};
-use crate::peaks::{self, DOT4, FMA};
+use crate::peaks::{self, FMA, TERNARY};
 use crate::row::Row;
+use crate::stack;
 
 /// A model and the shapes of its entry points.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +30,20 @@ struct Workload {
     rows: usize,
     /// Tokens of a sequence, and of a chunk of a prompt.
     tokens: usize,
+    /// Whether all entry points are measured, or the dual forward alone.
+    whole: bool,
 }
 
-const WORKLOADS: [Workload; 2] =
-    [Workload { scale: Scale::Nano, rows: 8, tokens: 128 }, Workload { scale: Scale::Tiny, rows: 2, tokens: 128 }];
+const WORKLOADS: [Workload; 3] = [
+    Workload { scale: Scale::Nano, rows: 8, tokens: 128, whole: true },
+    Workload { scale: Scale::Tiny, rows: 2, tokens: 128, whole: true },
+    Workload { scale: Scale::Small, rows: 1, tokens: 128, whole: false },
+];
+
+/// Tokens of the vocabulary.
+const VOCAB: usize = 8192;
+/// The entry point with all probes.
+pub const DUAL: &str = "dual_loss";
 
 const SEED: u64 = 1;
 /// Small, so that the weights stay those of a model that has just begun.
@@ -59,18 +70,20 @@ fn milliseconds<T>(times: usize, mut f: impl FnMut() -> Result<T>) -> Result<(T,
 }
 
 /// A plan, and the rows that its making gave.
-fn plan_of(w: &Workload, setup: &Setup, times: usize, rows: &mut Vec<Row>) -> Result<(Plan, usize)> {
-    let model = preset(w.scale, &Overrides::default())?.model;
+fn plan_of(w: &Workload, setup: &Setup, times: usize, rows: &mut Vec<Row>) -> Result<Plan> {
+    let model = preset(w.scale, &Overrides { vocab_size: Some(VOCAB), ..Overrides::default() })?.model;
     let balance = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
     let rule = UpdateRule { balance, ..UpdateRule::default() };
     let spec = |kind, rows, tokens| EntrySpec { kind, rows, tokens, depth: None };
-    let entries = vec![
-        spec(EntryKind::Loss, w.rows, w.tokens),
-        spec(EntryKind::DualLoss(scheme()), w.rows, w.tokens),
-        spec(EntryKind::Update(scheme(), rule), w.rows, w.tokens),
-        spec(EntryKind::Prefill, 1, w.tokens),
-        spec(EntryKind::Decode, 1, 1),
-    ];
+    let mut entries = vec![spec(EntryKind::DualLoss(scheme()), w.rows, w.tokens)];
+    if w.whole {
+        entries.extend([
+            spec(EntryKind::Loss, w.rows, w.tokens),
+            spec(EntryKind::Update(scheme(), rule), w.rows, w.tokens),
+            spec(EntryKind::Prefill, 1, w.tokens),
+            spec(EntryKind::Decode, 1, 1),
+        ]);
+    }
     let options = Options { target: setup.target.to_string(), entries, ..Options::default() };
     let (plan, ms) = milliseconds(times, || Ok(compile(&model, &options)?))?;
     rows.push(Row::plain(format!("compile.{}", w.scale), ms, "ms", 1));
@@ -85,28 +98,37 @@ fn plan_of(w: &Workload, setup: &Setup, times: usize, rows: &mut Vec<Row>) -> Re
     ));
     let interpreted = module.kernels.iter().zip(&plan.kernels).find(|(k, _)| k.emitter == "interp");
     ensure!(interpreted.is_none(), "no emitter of machine code serves {:?}", interpreted.map(|(_, k)| &k.name));
-    Ok((plan, model.vocab_size))
+    Ok(plan)
 }
 
 /// Tokens without structure, in one document a row.
-fn batch(rows: usize, seq: usize, vocab: usize) -> Batch {
-    let token = |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % vocab;
+fn batch(w: &Workload) -> Batch {
+    let (rows, seq) = (w.rows, w.tokens);
+    let token = |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % VOCAB;
     let all = |shift: usize| (0..rows * seq).map(|i| token(i + shift) as i32).collect();
     Batch { batch: rows, seq, tokens: all(0), labels: all(1), seg: vec![0; rows * seq] }
 }
 
 /// An executable with initial weights and inputs.
-fn trainer(plan: &Plan, batch: &Batch, options: &ExecOptions) -> Result<Trainer> {
+fn executable(plan: &Plan, batch: &Batch, options: &ExecOptions) -> Result<Executable> {
     let mut exe = Executable::new(plan.clone(), options)?;
     init::initialise(&mut exe, SEED)?;
-    for (entry, tokens) in [("prefill", batch.seq), ("decode", 1)] {
-        exe.set_input(entry, "tokens", &batch.tokens[..tokens])?;
-        exe.set_input(entry, "seg", &batch.seg[..tokens])?;
+    for entry in plan.entries.iter().filter(|e| e.name != "update") {
+        for (name, buffer) in &entry.inputs {
+            let n = plan.buffer(*buffer).ty.numel();
+            let values = match name.as_str() {
+                "tokens" => &batch.tokens[..n],
+                "seg" => &batch.seg[..n],
+                "labels" => &batch.labels[..n],
+                "seed" => &[SEED as i32, 0],
+                "step" => &[0],
+                // Iterations of each row.
+                _ => &vec![2; n][..],
+            };
+            exe.set_input(&*entry.name, name, values)?;
+        }
     }
-    for (name, values) in [("tokens", &batch.tokens), ("seg", &batch.seg), ("labels", &batch.labels)] {
-        exe.set_input("loss", name, values)?;
-    }
-    Ok(Trainer::new(exe, SEED)?)
+    Ok(exe)
 }
 
 /// The bits of all outputs of an entry point, appended.
@@ -124,20 +146,44 @@ fn outputs(exe: &Executable, entry: &str, out: &mut Vec<u32>) -> Result<()> {
     Ok(())
 }
 
-/// The answers of all entry points, as bits.
-fn answers(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<u32>> {
+/// The answers of all forward entry points, as bits.
+fn answers(exe: &mut Executable) -> Result<Vec<u32>> {
     let mut out = vec![];
-    trainer.exec_mut().reset_states();
-    for entry in ["loss", "prefill"].into_iter().chain(std::iter::repeat_n("decode", DECODED)) {
-        trainer.exec_mut().run(entry)?;
-        outputs(trainer.exec(), entry, &mut out)?;
+    exe.reset_states();
+    for (entry, times) in [(DUAL, 1), ("loss", 1), ("prefill", 1), ("decode", DECODED)] {
+        for _ in 0..if exe.plan().entry(entry).is_some() { times } else { 0 } {
+            exe.run(entry)?;
+            outputs(exe, entry, &mut out)?;
+        }
     }
+    Ok(out)
+}
+
+/// The losses of one step and the weights behind it, as bits.
+fn step_answers(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<u32>> {
     let probed = trainer.step(batch, 0, LR)?;
-    out.extend(probed.plus.iter().chain(&probed.minus).map(|&x| (x as f32).to_bits()));
+    let mut out: Vec<u32> = probed.plus.iter().chain(&probed.minus).map(|&x| (x as f32).to_bits()).collect();
     for weight in &trainer.exec().plan().weights {
         out.extend(trainer.exec().weight_f32(&weight.name)?.iter().map(|x| x.to_bits()));
     }
     Ok(out)
+}
+
+/// The dual forward of a model at that scale, checked.
+///
+/// # Errors
+/// When it cannot be compiled or run, or gives a wrong answer.
+pub fn dual_forward(scale: Scale, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Result<Executable> {
+    let known = WORKLOADS.iter().find(|w| w.scale == scale).copied();
+    let w = Workload { whole: false, ..known.unwrap_or(Workload { scale, rows: 1, tokens: 128, whole: false }) };
+    progress(&format!("compile {scale}"));
+    let plan = plan_of(&w, setup, 1, &mut vec![])?;
+    let input = batch(&w);
+    progress(&format!("check {scale}"));
+    let want = answers(&mut executable(&plan, &input, &setup.options(setup.other()))?)?;
+    let mut exe = executable(&plan, &input, &setup.options(setup.threads))?;
+    ensure!(answers(&mut exe)? == want, "answers differ between {} and {} threads", setup.threads, setup.other());
+    Ok(exe)
 }
 
 /// Ternary multiply-accumulates and float operations of one run of an entry point, loop iterations counted.
@@ -158,26 +204,41 @@ fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
     Ok(total)
 }
 
-type Session = Rc<RefCell<Trainer>>;
+/// What runs entry points: a trainer where the plan can train.
+enum Session {
+    Forward(Executable),
+    Training(Trainer),
+}
+
+impl Session {
+    fn exec(&mut self) -> &mut Executable {
+        match self {
+            Session::Forward(exe) => exe,
+            Session::Training(trainer) => trainer.exec_mut(),
+        }
+    }
+}
+
+type Shared = Rc<RefCell<Session>>;
 
 /// A case that runs one entry point, from fresh states and current packed weights.
-fn case(session: &Session, entry: &'static str, id: String, unit: &'static str, amount: f64) -> Result<Case> {
-    let [ternary, flops] = work(session.borrow_mut().exec_mut(), entry)?;
-    let floor = vec![(DOT4, ternary * 1e-9), (FMA, flops * 1e-9)];
+fn case(session: &Shared, entry: &'static str, id: String, unit: &'static str, amount: f64) -> Result<Case> {
+    let [ternary, flops] = work(session.borrow_mut().exec(), entry)?;
+    let floor = vec![(TERNARY, ternary * 1e-9), (FMA, flops * 1e-9)];
     let (first, second) = (session.clone(), session.clone());
     let start = move || {
         let mut session = first.borrow_mut();
-        session.exec_mut().reset_states();
-        Ok(session.exec_mut().prepare()?)
+        session.exec().reset_states();
+        Ok(session.exec().prepare()?)
     };
-    let run = move || Ok(second.borrow_mut().exec_mut().run(entry)?);
+    let run = move || Ok(second.borrow_mut().exec().run(entry)?);
     Ok(Case { id, unit, work: amount, floor, peer: None, start: Box::new(start), run: Box::new(run) })
 }
 
 /// Multiply-accumulates of one run by work of one run, from the costs of its floor; two float operations count one.
 fn macs(case: &Case) -> f64 {
     let cost = |id: &str| case.floor.iter().filter(|f| f.0 == id).map(|f| f.1).sum::<f64>();
-    (cost(DOT4) + cost(FMA) / 2.0) / case.work
+    (cost(TERNARY) + cost(FMA) / 2.0) / case.work
 }
 
 /// The cases of one model; `rows` receives what is measured once.
@@ -190,39 +251,53 @@ fn cases(
 ) -> Result<Vec<Case>> {
     let (name, threads, other) = (w.scale.name(), setup.threads, setup.other());
     progress(&format!("compile {name}"));
-    let (plan, vocab) = plan_of(w, setup, times, rows)?;
-    let input = batch(w.rows, w.tokens, vocab);
+    let plan = plan_of(w, setup, times, rows)?;
+    let input = batch(w);
     let before = machine::resident();
-    let mut session = trainer(&plan, &input, &setup.options(setup.threads))?;
+    let mut exe = executable(&plan, &input, &setup.options(threads))?;
     progress(&format!("check {name}"));
-    let got = answers(&mut session, &input)?;
+    let got = answers(&mut exe)?;
     if let (Some(before), Some(after)) = (before, machine::resident()) {
         rows.push(Row::plain(format!("rss.{name}"), after.saturating_sub(before) as f64 / MIB, "MiB", threads));
     }
-    rows.push(Row::plain(format!("memory.{name}"), session.exec().bytes() as f64 / MIB, "MiB", threads));
+    rows.push(Row::plain(format!("memory.{name}"), exe.bytes() as f64 / MIB, "MiB", threads));
     rows.push(Row::plain(format!("arena.{name}"), plan.arena() as f64 / MIB, "MiB", threads));
     let bound = plan.entries.iter().map(|e| e.arena_bound).max().unwrap_or(0);
     rows.push(Row::plain(format!("arena_bound.{name}"), bound as f64 / MIB, "MiB", threads));
     let weights = plan.weights.iter().filter(|x| x.kind != WeightKind::Optimizer);
     let parameters: usize = weights.map(|x| x.ty.numel()).sum();
     rows.push(Row::plain(format!("parameters.{name}"), parameters as f64 * 1e-6, "million", threads));
-    ensure!(
-        got == answers(&mut trainer(&plan, &input, &setup.options(other))?, &input)?,
-        "answers differ between {threads} and {other} threads"
-    );
-    let session: Session = Rc::new(RefCell::new(session));
+    let mut again = executable(&plan, &input, &setup.options(other))?;
+    let differ = || format!("answers differ between {threads} and {other} threads");
+    ensure!(got == answers(&mut again)?, differ());
+    let session = match w.whole {
+        false => Session::Forward(exe),
+        true => {
+            let mut trainer = Trainer::new(exe, SEED)?;
+            let got = step_answers(&mut trainer, &input)?;
+            ensure!(got == step_answers(&mut Trainer::new(again, SEED)?, &input)?, differ());
+            Session::Training(trainer)
+        }
+    };
+    let session: Shared = Rc::new(RefCell::new(session));
     let tokens = (w.rows * w.tokens) as f64;
-    let mut cases = vec![
+    let mut cases = vec![case(&session, DUAL, format!("dual_forward.{name}"), "data token/s", tokens)?];
+    if !w.whole {
+        return Ok(cases);
+    }
+    cases.extend([
         case(&session, "loss", format!("loss.{name}"), "token/s", tokens)?,
-        case(&session, "dual_loss", format!("dual_forward.{name}"), "data token/s", tokens)?,
         case(&session, "update", format!("update.{name}"), "step/s", 1.0)?,
         case(&session, "prefill", format!("prefill.{name}"), "token/s", w.tokens as f64)?,
         case(&session, "decode", format!("decode.{name}"), "token/s", 1.0)?,
-    ];
+    ]);
     let mut step = 0;
     let run = move || {
         step += 1;
-        session.borrow_mut().step(&input, step, LR).map(drop).map_err(Into::into)
+        match &mut *session.borrow_mut() {
+            Session::Training(trainer) => Ok(trainer.step(&input, step, LR).map(drop)?),
+            Session::Forward(_) => unreachable!("a whole workload trains"),
+        }
     };
     cases.push(Case {
         id: format!("step.{name}"),
@@ -272,13 +347,13 @@ fn derived(cases: &[Case], rows: &[Row]) -> Vec<Row> {
 /// When a model cannot be compiled or run, or gives a wrong answer.
 pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
     let mut once = vec![];
-    let mut all = vec![];
+    progress("peaks");
+    let mut all = peaks::cases(setup)?;
     let times = if quick { 1 } else { 5 };
     for w in &WORKLOADS {
         all.extend(cases(w, setup, times, &mut once, progress).with_context(|| w.scale.to_string())?);
     }
-    progress("peaks");
-    all.extend(peaks::cases(setup)?);
+    all.extend(stack::cases(setup, quick, progress).context("3b")?);
     let effort = match quick {
         true => Effort { rounds: 3, burst: Duration::from_millis(100) },
         false => Effort { rounds: 9, burst: Duration::from_millis(500) },

@@ -2,6 +2,7 @@
 //!
 //! A share or a ratio compares figures of the same run only.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ pub struct Row {
     /// The figure.
     pub value: f64,
     /// Its unit.
-    pub unit: &'static str,
+    pub unit: Cow<'static, str>,
     /// Threads, the caller included.
     pub threads: usize,
     /// What the peaks of the same run would allow, in `unit`.
@@ -34,8 +35,8 @@ pub struct Row {
 
 impl Row {
     /// A figure that is compared with nothing.
-    pub fn plain(id: impl Into<String>, value: f64, unit: &'static str, threads: usize) -> Row {
-        Row { id: id.into(), value, unit, threads, peak: None, share: None, peer: None, ratio: None }
+    pub fn plain(id: impl Into<String>, value: f64, unit: impl Into<Cow<'static, str>>, threads: usize) -> Row {
+        Row { id: id.into(), value, unit: unit.into(), threads, peak: None, share: None, peer: None, ratio: None }
     }
 }
 
@@ -93,7 +94,7 @@ pub fn json(rows: &[Row]) -> Result<String> {
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn record(suite: &str, threads: usize, command: &str, rows: &[Row]) -> Result<PathBuf> {
+pub fn record(suite: &str, threads: usize, target: &str, command: &str, rows: &[Row]) -> Result<PathBuf> {
     let cpu = machine::cpu_name();
     let slug: String = cpu.to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { ' ' }).collect();
     let slug = slug.split_whitespace().collect::<Vec<_>>().join("-");
@@ -102,7 +103,7 @@ pub fn record(suite: &str, threads: usize, command: &str, rows: &[Row]) -> Resul
     let head = serde_json::json!({
         "command": command,
         "cpu": cpu,
-        "target": chimera_codegen::host().to_string(),
+        "target": target,
         "threads": threads,
     });
     let head: Vec<String> = match head {

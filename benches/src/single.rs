@@ -57,6 +57,11 @@ impl PlanBuilder {
         times: usize,
         outputs: &[(String, BufferId)],
     ) {
+        self.entry_of(name, kernel, &vec![args.to_vec(); times], outputs);
+    }
+
+    /// An entry point that runs a kernel on several sets of buffers in turn.
+    pub fn entry_of(&mut self, name: &str, kernel: &Kernel, calls: &[Vec<BufferId>], outputs: &[(String, BufferId)]) {
         let id = match self.plan.kernels.iter().position(|k| k == kernel) {
             Some(found) => found,
             None => {
@@ -64,11 +69,16 @@ impl PlanBuilder {
                 self.plan.kernels.len() - 1
             }
         };
-        let step = Step::Run { kernel: KernelId(id as u32), args: args.to_vec(), split: kernel.grid > 1, group: 0 };
+        let step = |args: &Vec<BufferId>| Step::Run {
+            kernel: KernelId(id as u32),
+            args: args.clone(),
+            split: kernel.grid > 1,
+            group: 0,
+        };
         self.plan.entries.push(Entry {
             name: name.to_owned(),
             outputs: outputs.to_vec(),
-            steps: vec![step; times],
+            steps: calls.iter().map(step).collect(),
             groups: vec![Group { name: kernel.name.clone(), ..Group::default() }],
             ..Entry::default()
         });
