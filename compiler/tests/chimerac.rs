@@ -170,6 +170,66 @@ fn every_stage_can_be_the_last_and_is_dumped() {
     bad(&[&args[..], &["--stop-after", "fuse", "-o", "x"]].concat(), 2, &["cannot be used"]);
 }
 
+/// A table with every variant of every product of a small plan, of which the plan must have the fastest, whatever the model says.
+#[test]
+fn tables_choose_variants_and_only_where_they_belong() {
+    let dir = folder("tune");
+    let at = |name: &str| dir.join(name).to_str().expect("a UTF-8 path").to_owned();
+    let (table, first, second) = (at("table.json"), at("first.plan"), at("second.plan"));
+    let model = ["--scale", "test", "--tokens", "16", "--entries", "loss,decode"];
+    let out = good(&[&["tune"], &model[..], &["-o", &table, "--threads", "1", "--seconds", "1"]].concat());
+    assert!(out.contains("ternary_product(m=") && out.contains("the cost model is"), "{out}");
+    let written = fs::read_to_string(&table).unwrap();
+    let mut json: Value = serde_json::from_str(&written).unwrap();
+    assert_eq!((json["threads"].as_u64(), json["version"].as_u64()), (Some(1), Some(1)));
+    assert!(json["processor"].is_string() && json["date"].as_str().is_some_and(|d| d.len() == 10), "{json}");
+    // Not the fastest, but another one: the table decides, not the clock.
+    for e in json["entries"].as_array_mut().unwrap() {
+        let candidates = e["candidates"].as_array().unwrap().clone();
+        assert!(candidates.len() > 1 && candidates.iter().all(|c| c["measured"].as_f64() > Some(0.0)), "{e}");
+        let last = candidates.last().unwrap()["variant"].clone();
+        e["chosen"] = last;
+    }
+    fs::write(&table, json.to_string()).unwrap();
+    let tuned = [&model[..], &["--tuning", &table]].concat();
+    let bytes = plan(Path::new(&first), &tuned);
+    assert_eq!(bytes, plan(Path::new(&second), &tuned), "the same table gives the same plan");
+    assert_ne!(bytes, plan(Path::new(&at("model.plan")), &model), "the table is used");
+    let why = good_json(&["inspect", &first, "--why", "--tuning", &table, "--json"]);
+    let mut seen = 0;
+    for k in
+        why["kernels"].as_array().unwrap().iter().filter(|k| k["candidates"].as_array().is_some_and(|c| !c.is_empty()))
+    {
+        let entries = json["entries"].as_array().unwrap();
+        let entry = entries.iter().find(|e| e["contract"] == k["contract"]).unwrap_or_else(|| panic!("{k}"));
+        assert_eq!((&k["variant"], &k["reason"]), (&entry["chosen"], &Value::from("the fastest that was measured")));
+        let chosen: Vec<&Value> = k["candidates"].as_array().unwrap().iter().filter(|c| c["chosen"] == true).collect();
+        assert!(chosen.len() == 1 && chosen[0]["measured_us"].is_f64() && chosen[0]["predicted_us"].is_f64(), "{k}");
+        seen += 1;
+    }
+    assert!(seen > 2, "{why}");
+    let why = good(&["inspect", &first, "--why"]);
+    assert!(why.contains("times from the cost model") && why.contains("chosen when the plan was made"), "{why}");
+    let own = good(&["inspect", &at("model.plan"), "--why"]);
+    assert!(own.contains("the least predicted time"), "{own}");
+    // A plan is tuned by its own kernels.
+    good(&["tune", &first, "-o", &at("again.json"), "--seconds", "0", "--threads", "2"]);
+    let again: Value = serde_json::from_str(&fs::read_to_string(at("again.json")).unwrap()).unwrap();
+    assert_eq!(again["entries"].as_array().unwrap().len(), json["entries"].as_array().unwrap().len());
+    // Another machine's table is left out with a warning, a damaged one is an error.
+    let foreign = at("foreign.json");
+    fs::write(&foreign, json.to_string().replace(json["processor"].as_str().unwrap(), "Abacus 1")).unwrap();
+    let out = chimerac(&[&["compile"], &model[..], &["--tuning", &foreign, "-o", &second]].concat());
+    assert!(out.status.success() && text(&out.stderr).contains("Abacus 1"), "{}", text(&out.stderr));
+    assert_eq!(fs::read(&second).unwrap(), fs::read(at("model.plan")).unwrap(), "the cost model chooses");
+    fs::write(&foreign, &written[..written.len() / 2]).unwrap();
+    bad(&[&["compile"], &model[..], &["--tuning", &foreign]].concat(), 5, &["no tuning table", "chimerac tune"]);
+    bad(&["compile", "--scale", "test", "--tuning", &at("missing.json")], 1, &["missing.json"]);
+    bad(&["tune", "--scale", "test", "-o", &table, "--target", "aarch64"], 2, &["does not run on this machine"]);
+    bad(&["tune", "--scale", "test", "-o", &table, "--seconds=-1"], 2, &["a number of seconds"]);
+    bad(&["tune", "--scale", "test"], 2, &["--output"]);
+}
+
 #[test]
 fn the_number_of_rewrites_is_bounded() {
     let steps = |n: &str| {

@@ -1,7 +1,7 @@
 //! Measuring the variants of the kernels of a plan.
 //!
 //! Short bursts of all variants in turn, so that drift of the machine reaches all alike; what has fallen far behind is left out of
-//! later rounds, and the time of a variant is the median of the better half of its bursts.
+//! later rounds, and the time of a variant is the median of the best third of its bursts.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -190,11 +190,11 @@ fn measure(
     Ok(Some(entry(subject, target, threads, &times)))
 }
 
-/// The median of the better half; infinite when there is nothing yet.
+/// The median of the best third; infinite when there is nothing yet.
 fn typical(times: &[f64]) -> f64 {
     let mut sorted = times.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len().div_ceil(2).saturating_sub(1) / 2).copied().unwrap_or(f64::INFINITY)
+    sorted.get(sorted.len().div_ceil(3).saturating_sub(1) / 2).copied().unwrap_or(f64::INFINITY)
 }
 
 fn entry(subject: &Subject, target: &Target, threads: usize, times: &[Vec<f64>]) -> Entry {

@@ -20,15 +20,19 @@ pub struct Work {
     pub flops: u64,
     /// Packed codes that become bytes, each time they do.
     pub unpacked: u64,
-    /// Words of activations that are brought to all lanes.
-    pub broadcasts: u64,
+    /// Vectors that the innermost loops load: activations for all lanes, unpacked codes.
+    pub loads: u64,
     /// Integer sums that enter a float chain.
     pub combined: u64,
-    /// Elements that are copied or summed one by one: scales in lane order, sums of activations.
+    /// Elements that are brought into lane order one by one.
     pub moved: u64,
-    /// What is read in order.
+    /// Vectors of activations that are summed beforehand.
+    pub summed: u64,
+    /// What is gone through again and again.
     pub passes: Vec<Pass>,
-    /// Bytes that come from outside and are read ahead of their use by the kernel itself.
+    /// Bytes of weights, which come from outside.
+    pub outside: u64,
+    /// Whether the kernel asks for them ahead of their use.
     pub ahead: bool,
     /// Independent instances.
     pub instances: u64,
@@ -37,7 +41,6 @@ pub struct Work {
 impl Work {
     /// An operation of which only arithmetic and traffic are known.
     pub fn plain(flops: Flops, bytes: usize) -> Work {
-        let passes = vec![Pass { bytes: bytes as u64, times: 1 }];
-        Work { macs: flops.ternary, flops: flops.float, passes, instances: 1, ..Work::default() }
+        Work { macs: flops.ternary, flops: flops.float, outside: bytes as u64, instances: 1, ..Work::default() }
     }
 }

@@ -27,7 +27,7 @@ const INSTANCES: [usize; 3] = [4, 2, 16];
 /// Weight blocks of an instance share the sums of its rows.
 const BLOCKS: usize = 16;
 /// How far ahead packed codes are asked for, in bytes.
-const AHEAD: [usize; 3] = [0, 1024, 4096];
+const AHEAD: [usize; 3] = [4096, 0, 1024];
 
 /// How the rows and columns of one instance are worked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,32 +193,31 @@ impl Tiling {
         } else {
             x.leads * x.rows.div_ceil(self.tile)
         };
-        let (weights, lanes) = (x.blocks * BLOCK_ROWS * n, BLOCK_ROWS);
+        let weights = x.blocks * BLOCK_ROWS * n;
+        let words = s.np / 4 * x.blocks * n;
         // Groups of rows within an instance each unpack for themselves.
         let unpacks = if self.panel { parts.max(s.groups) } else { tiles };
-        let across = if self.panel { 2 } else { 1 };
-        let panel = self.width(s) * BLOCK_ROWS / 2;
-        let width = s.np.div_ceil(self.width(s));
-        let mut passes = vec![Pass {
-            bytes: (weights * s.np / 4) as u64 * s.groups as u64,
-            times: (unpacks / s.groups).max(1) as u64,
-        }];
-        if self.panel {
-            let bytes = panel + self.tile * self.width(s);
-            passes.push(Pass { bytes: bytes as u64, times: (2 * n * x.blocks * width * tiles) as u64 });
-        } else {
-            let bytes = s.np / 4 * BLOCK_ROWS;
-            passes.push(Pass { bytes: bytes as u64, times: (n * x.blocks * tiles) as u64 });
-        }
+        // Panels are gone through in two halves, each by vectors of activations and two of codes.
+        let loads = if self.panel { (2 * s.rows + 4 * tiles) * words } else { (s.rows + tiles) * words };
+        let stretches = s.np.div_ceil(self.width(s));
+        let kept = if self.columns > 0 { 2 * s.rows * weights * stretches } else { 0 };
+        let pass = match self.panel {
+            true => Pass {
+                bytes: (self.width(s) * (BLOCK_ROWS / 2 + self.tile)) as u64,
+                times: (2 * n * x.blocks * stretches * tiles) as u64,
+            },
+            false => Pass { bytes: (s.np / 4 * BLOCK_ROWS) as u64, times: (n * x.blocks * tiles) as u64 },
+        };
         Work {
             macs: (s.rows * s.np * weights) as u64,
             flops: 0,
             unpacked: (unpacks * weights * s.np) as u64,
-            broadcasts: (s.rows * s.np / 4 * x.blocks * n * across) as u64,
-            combined: (s.rows * s.pieces() * weights + usize::from(self.columns > 0) * s.rows * weights * 2 * width)
-                as u64,
-            moved: (s.groups.max(parts) * weights * s.nb + instances * self.rows * s.np / lanes) as u64,
-            passes,
+            loads: loads as u64,
+            combined: (s.rows * s.pieces() * weights + kept) as u64,
+            moved: (parts.max(s.groups) * weights * s.nb) as u64,
+            summed: (instances * self.rows * s.np / 32) as u64,
+            passes: vec![pass],
+            outside: (weights / 4 * s.np * s.groups) as u64,
             ahead: self.ahead > 0,
             instances: instances as u64,
         }
