@@ -237,7 +237,7 @@ fn plan(args: &Args, model: &Model, entry: EntrySpec, packed: HashSet<String>) -
         Source::Plan(_) if args.loops.is_some() || args.adaptive => {
             Err(Failure::usage("--loops and --adaptive are built into a compiled plan; name the configuration instead"))
         }
-        _ => model.plan(vec![entry], packed, &args.exec.target),
+        _ => model.plan(vec![entry], packed, &args.exec),
     }
 }
 

@@ -168,7 +168,7 @@ fn executable(args: &Args, model: &Model) -> Result<(Executable, Vec<String>), F
         }
         // A plan may do without prefill.
         (Source::Plan(plan), None) => (**plan).clone(),
-        _ => model.plan(entries, packed, &args.exec.target)?,
+        _ => model.plan(entries, packed, &args.exec)?,
     };
     let mut exe = Executable::new(plan, &args.exec.exec())?;
     let unused = weights::load(&file, &model.config, &mut exe, args.quiet)?;

@@ -2,8 +2,7 @@
 //!
 //! Invariant: the kind of a file is decided by its first bytes, never by its name alone.
 
-use crate::options::{Failure, ModelOptions};
-use chimera_codegen::Target;
+use crate::options::{Failure, ModelOptions, RunOptions};
 use chimera_compiler::{CompileError, EntrySpec, Options, compile};
 use chimera_frontends::config::{self, Loaded, ModelConfig, O200K_VOCABULARY, Overrides};
 use chimera_ir::plan::{self, Plan};
@@ -156,9 +155,9 @@ impl Model {
     ///
     /// # Errors
     /// When the configuration cannot be compiled, or the named plan lacks an entry point.
-    pub fn plan(&self, entries: Vec<EntrySpec>, packed: HashSet<String>, target: &Target) -> Result<Plan, Failure> {
+    pub fn plan(&self, entries: Vec<EntrySpec>, packed: HashSet<String>, run: &RunOptions) -> Result<Plan, Failure> {
         let Source::Plan(plan) = &self.source else {
-            return compile_entries(&self.config, entries, packed, target);
+            return compile_entries(&self.config, entries, packed, run);
         };
         for name in entries.iter().map(|e| e.kind.name()) {
             if plan.entry(name).is_none() {
@@ -181,10 +180,9 @@ pub fn compile_entries(
     config: &ModelConfig,
     entries: Vec<EntrySpec>,
     packed: HashSet<String>,
-    target: &Target,
+    run: &RunOptions,
 ) -> Result<Plan, Failure> {
-    let options = Options { target: target.to_string(), entries, packed, ..Options::default() };
-    Ok(compile(config, &options)?)
+    Ok(compile(config, &Options { entries, packed, ..run.compile()? })?)
 }
 
 /// The vocabulary that a number of tokens stands for, if it is one of the two without a file.

@@ -4,6 +4,8 @@
 
 use crate::trace::TraceOptions;
 use chimera_codegen::{Allowed, Target};
+use chimera_compiler::Options;
+use chimera_compiler::tuning::Table;
 use chimera_frontends::config::{ConfigError, Overrides, Scale, Vocabulary, VocabularyError};
 use chimera_ir::plan::PlanError;
 use chimera_runtime::affinity::available_threads;
@@ -13,8 +15,12 @@ use chimera_runtime::generate::GenerateError;
 use chimera_runtime::text::{TextError, Vocab, VocabSpec};
 use chimera_runtime::train::TrainError;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+
+/// Larger files are not tuning tables.
+const MAX_TABLE_BYTES: u64 = 1 << 26;
 
 /// Why a command ends, and its exit code.
 #[derive(Debug)]
@@ -219,6 +225,9 @@ pub struct RunOptions {
     /// Machine to generate code for, such as x86-64-v3
     #[arg(long, env = "CHIMERA_TARGET", default_value = "host")]
     pub target: Target,
+    /// Choose the variants of kernels by this table, which chimerac tune has made on this machine; for configurations, not for plans
+    #[arg(long, env = "CHIMERA_TUNING", value_name = "TABLE")]
+    pub tuning: Option<PathBuf>,
     /// Most megabytes of memory for weights, states and intermediate results
     #[arg(long, env = "CHIMERA_MAX_MEMORY", value_name = "MB")]
     pub max_memory: Option<u64>,
@@ -231,6 +240,31 @@ fn parse_emitters(names: &str) -> Result<Allowed, String> {
 }
 
 impl RunOptions {
+    /// The same for the compiler, without entry points. A table from another machine or version is left out with a warning.
+    ///
+    /// # Errors
+    /// When the table cannot be read or is damaged.
+    pub fn compile(&self) -> Result<Options, Failure> {
+        let target = self.target.to_string();
+        let mut options = Options { target, ..Options::default() };
+        let Some(path) = &self.tuning else { return Ok(options) };
+        let unreadable = |e: io::Error| Failure::new(format!("cannot read {}: {e}", path.display()));
+        let mut text = vec![];
+        File::open(path).map_err(unreadable)?.take(MAX_TABLE_BYTES + 1).read_to_end(&mut text).map_err(unreadable)?;
+        let corrupted = |why: &dyn fmt::Display| Failure::corrupted(format!("{}: {why}", path.display()));
+        if text.len() as u64 > MAX_TABLE_BYTES {
+            return Err(corrupted(&format!(
+                "the file is larger than {MAX_TABLE_BYTES} bytes, expected a tuning table"
+            )));
+        }
+        let table = Table::from_json(&String::from_utf8_lossy(&text)).map_err(|e| corrupted(&e))?;
+        match table.fits(&options.target) {
+            Ok(()) => options.tuning = Some(table),
+            Err(why) => eprintln!("warning: {}: {why}; the cost model chooses", path.display()),
+        }
+        Ok(options)
+    }
+
     /// The same for the executor.
     pub fn exec(&self) -> ExecOptions {
         ExecOptions {

@@ -69,7 +69,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (batches, validation) = data(&vocab, &hyper)?;
     let reporter = Reporter::new(None, false, false);
     let entropy = text::unigram_bits_per_byte(&vocab, batches.stream().tokens()).unwrap_or(f64::NAN);
-    let mut exec = Executable::new(training_plan(&model, &hyper, vec![], &args.exec.target)?, &args.exec.exec())?;
+    let mut exec = Executable::new(training_plan(&model, &hyper, vec![], &args.exec)?, &args.exec.exec())?;
     init::initialise(&mut exec, hyper.seed)?;
     reporter.say(&format!(
         "a byte-level model of {} parameters, trained on {} KB of this project's own text for {} s by comparing losses, without back-propagation",
@@ -199,7 +199,7 @@ fn reached(before: &LossTally, after: &LossTally, entropy: f64, progress: &Progr
 fn sample(model: &ModelConfig, vocab: &Vocab, path: &Path, exec: &ExecArgs) -> Result<(), Failure> {
     let spec = |kind, tokens| EntrySpec { kind, rows: 1, tokens, depth: None };
     let entries = vec![spec(EntryKind::Prefill, CHUNK), spec(EntryKind::Decode, 1)];
-    let mut exe = Executable::new(compile_entries(model, entries, HashSet::new(), &exec.target)?, &exec.exec())?;
+    let mut exe = Executable::new(compile_entries(model, entries, HashSet::new(), exec)?, &exec.exec())?;
     WeightFile::open(path)?.assign(&mut exe, false)?;
     let mut generator = Generator::new(&mut exe, vocab)?;
     generator.feed(&vocab.encode(PROMPT))?;

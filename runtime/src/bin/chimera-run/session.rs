@@ -3,8 +3,7 @@
 //! Invariant: the first interrupt lets the running step end and its checkpoint be written; the second ends the process at once.
 
 use crate::hyper::Hyper;
-use crate::options::Failure;
-use chimera_codegen::Target;
+use crate::options::{Failure, RunOptions};
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
 use chimera_ir::plan::Plan;
@@ -63,12 +62,12 @@ pub fn training_plan(
     config: &ModelConfig,
     hyper: &Hyper,
     further: Vec<EntrySpec>,
-    target: &Target,
+    run: &RunOptions,
 ) -> Result<Plan, Failure> {
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
     let entries = [training_entries(config, hyper), further].concat();
-    Ok(compile(config, &Options { target: target.to_string(), entries, trainable, ..Options::default() })?)
+    Ok(compile(config, &Options { entries, trainable, ..run.compile()? })?)
 }
 
 /// The entry points of a training plan.

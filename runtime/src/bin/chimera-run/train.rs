@@ -238,7 +238,7 @@ pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failu
     let mut hyper = HyperArgs::default().resumed(&standing.meta.options)?;
     let options = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
     let model = Model::open(&model_of(standing, &hyper, &options), None)?;
-    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), vec![], &args.target)?;
+    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), vec![], args)?;
     same_run(standing, &plan, &standing.meta.data)?;
     let exec = Executable::new(plan, &args.exec())?;
     let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
@@ -367,7 +367,7 @@ fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failur
     if let (Source::Plan(_), Some(path)) = (&model.source, args.model.path()) {
         hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
     }
-    plan_with(model, hyper, &args.hyper, args.watch.entries(), &args.exec.target)
+    plan_with(model, hyper, &args.hyper, args.watch.entries(), &args.exec)
 }
 
 fn plan_with(
@@ -375,17 +375,17 @@ fn plan_with(
     hyper: &mut Hyper,
     given: &HyperArgs,
     further: Vec<EntrySpec>,
-    target: &Target,
+    run: &ExecArgs,
 ) -> Result<Plan, Failure> {
     let Source::Plan(plan) = &model.source else {
-        return training_plan(&model.config, hyper, further, target);
+        return training_plan(&model.config, hyper, further, run);
     };
     let port = plan.entry("dual_loss").and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
     if let Some(&[rows, tokens]) = port.map(|p| &plan.buffer(p.1).ty.dims[..]) {
         *hyper = hyper.clone().shaped(rows, tokens, given)?;
     }
     let entries = [training_entries(&model.config, hyper), further].concat();
-    model.plan(entries, HashSet::new(), target)
+    model.plan(entries, HashSet::new(), run)
 }
 
 /// What identifies data: number and checksum of all tokens.
