@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use anyhow::{Result, ensure};
 use chimera_ir::loops::{Kernel, Tensors, interpret};
+use chimera_compiler::tuning::Tuning;
 use chimera_ir::lower::Cluster;
 use chimera_ir::{DType, Data, Op, Tensor, Type};
 use chimera_runtime::exec::{ExecOptions, Executable};
@@ -36,9 +37,10 @@ impl Subject {
     ///
     /// # Errors
     /// When it refuses them.
-    pub fn of(op: impl Into<Op>, types: &[Type]) -> Result<(Op, Subject)> {
+    pub fn of(op: impl Into<Op>, types: &[Type], setup: &Setup) -> Result<(Op, Subject)> {
         let op = op.into();
-        let cluster = Cluster::single(op.clone(), types)?;
+        let tuning = Tuning { table: None, target: setup.target, threads: setup.threads };
+        let cluster = Cluster::single(op.clone(), types)?.with_variant(&tuning.choose(&op, types).0);
         let mut random = sequence(1);
         let ins = types.iter().enumerate().map(|(k, ty)| op.sample_input(k, ty, &mut random)).collect();
         let outs = cluster.nodes[cluster.anchor].outs.clone();
