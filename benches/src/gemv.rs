@@ -64,7 +64,7 @@ fn results(exe: &Executable, matrices: usize) -> Result<Vec<Data>> {
 /// When there is no memory, or an answer is wrong.
 pub fn case(setup: &Setup) -> Result<Case> {
     let (op, types) = product(SHAPE);
-    let (_, subject) = Subject::of(Op::from(op), &types)?;
+    let (_, subject) = Subject::of(Op::from(op), &types, setup)?;
     let each = (types[2].bytes() + types[3].bytes()) as u64;
     let matrices = (machine::beyond_caches() / each) as usize;
     ensure!(matrices > 1, "there is no memory for weights");

@@ -153,7 +153,7 @@ pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result
     let limit = if quick { QUICK_LIMIT } else { FULL_LIMIT };
     for (id, count, peer, op, types) in specs(quick) {
         progress(&format!("check {id}"));
-        let (op, subject) = Subject::of(op, &types)?;
+        let (op, subject) = Subject::of(op, &types, setup)?;
         let flops = op.flops(&types, &subject.outs);
         let amount = match count {
             Count::Ternary => flops.ternary,

@@ -7,8 +7,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use anyhow::{Result, ensure};
-use chimera_ir::loops::{Kernel, Tensors, interpret};
 use chimera_compiler::tuning::Tuning;
+use chimera_ir::loops::{Kernel, Tensors, interpret};
 use chimera_ir::lower::Cluster;
 use chimera_ir::{DType, Data, Op, Tensor, Type};
 use chimera_runtime::exec::{ExecOptions, Executable};

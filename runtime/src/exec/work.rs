@@ -78,7 +78,7 @@ fn count_assignments(body: &[Stmt], n: &mut HashMap<Var, u32>) {
             Stmt::Let(v, _) => *n.entry(*v).or_default() += 1,
             Stmt::For { body, .. } | Stmt::Reduce { body, .. } => count_assignments(body, n),
             Stmt::If(_, a, b) => [a, b].into_iter().for_each(|body| count_assignments(body, n)),
-            Stmt::Store(..) => {}
+            Stmt::Store(..) | Stmt::Prefetch(..) => {}
         }
     }
 }

@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(masked(b"123456789"), (0xE306_9283u32 >> 15 | 0xE306_9283u32 << 17).wrapping_add(0xA282_EAD8));
         let folder = tempfile::tempdir().expect("a folder");
         let mut file = EventFile::create(folder.path()).expect("created");
-        [1, 300].map(|step| file.add(&metrics(step)).expect("written"));
+        [1, 300].iter().for_each(|&step| file.add(&metrics(step)).expect("written"));
         assert!(EventFile::create(folder.path()).expect("another part").path != file.path);
         let content = fs::read(&file.path).expect("read");
         let (mut at, mut events) = (&content[..], vec![]);

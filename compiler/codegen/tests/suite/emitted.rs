@@ -158,7 +158,8 @@ fn hot(text: &str) -> Vec<&str> {
 
 #[test]
 fn the_hot_loop_is_marked_and_works_on_whole_vectors() {
-    for (kernel, mnemonic) in [(one_product(8, 64, 64), "vfmadd231ps"), (under_pressure().swap_remove(4), "vpmaddubsw")] {
+    for (kernel, mnemonic) in [(one_product(8, 64, 64), "vfmadd231ps"), (under_pressure().swap_remove(4), "vpmaddubsw")]
+    {
         let text = disassemble(&kernel, &target("x86-64-v3")).unwrap();
         let hot = hot(&text);
         assert!(innermost_loops(&text).contains(&hot) && count(&hot, mnemonic) > 0, "{text}");

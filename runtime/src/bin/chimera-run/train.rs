@@ -9,7 +9,6 @@ use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::session::{Interrupt, depths, training_entries, training_plan};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
-use chimera_codegen::Target;
 use chimera_compiler::EntrySpec;
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
@@ -114,7 +113,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         same_run(standing, &plan, &fingerprint)?;
     }
     let writing = args.watch.writing(&vocab)?;
-    let exec = Executable::new(plan, &args.exec.exec())?;
+    let mut exec = Executable::new(plan, &args.exec.exec())?;
     let meta = Meta {
         config: exec.plan().config.clone(),
         vocab: vocab.to_text(),
