@@ -3,7 +3,7 @@
 //! The figure is bytes of weights by second, scales included, beside the plain reading of memory.
 
 use anyhow::{Result, ensure};
-use chimera_ir::{Data, Op, Tensor};
+use chimera_ir::{Data, Tensor};
 use chimera_runtime::exec::Executable;
 
 use crate::kernels::product;
@@ -64,7 +64,7 @@ fn results(exe: &Executable, matrices: usize) -> Result<Vec<Data>> {
 /// When there is no memory, or an answer is wrong.
 pub fn case(setup: &Setup) -> Result<Case> {
     let (op, types) = product(SHAPE);
-    let (_, subject) = Subject::of(Op::from(op), &types, setup)?;
+    let (_, subject) = Subject::of(op, &types, setup)?;
     let each = (types[2].bytes() + types[3].bytes()) as u64;
     let matrices = (machine::beyond_caches() / each) as usize;
     ensure!(matrices > 1, "there is no memory for weights");

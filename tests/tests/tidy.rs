@@ -129,7 +129,8 @@ fn operations_are_matched_in_their_own_folder_and_by_rewrites_only() {
             assert!(test || !graph.iter().any(|g| text.contains(g)), "{name} knows graphs");
             continue;
         }
-        let code: String = text.split("#[cfg(test)]").next().unwrap().to_owned();
+        // Making an operation takes none apart.
+        let code = text.split("#[cfg(test)]").next().unwrap().replace("Op::from", "").replace("Op::of_contract", "");
         assert!(may.iter().any(|m| name.starts_with(m)) || !code.contains("Op::"), "{name} matches on operations");
     }
 }

@@ -200,7 +200,8 @@ mod tests {
         assert_eq!(Table::from_json(&t.to_json()), Ok(t.clone()));
         assert!((t.regret - 0.1).abs() < 1e-6, "{}", t.regret);
         assert_eq!(t.fits("x86-64-v3"), Ok(()));
-        let cases: [(&str, fn(&mut Table)); 4] = [
+        type Change = fn(&mut Table);
+        let cases: [(&str, Change); 4] = [
             ("processor Abacus", |t| t.processor = "Abacus".into()),
             ("target x86-64-v4", |t| t.target = "x86-64-v4".into()),
             ("version 9", |t| t.version = 9),

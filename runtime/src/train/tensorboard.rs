@@ -180,7 +180,7 @@ mod tests {
     fn records_are_those_of_the_format() {
         // The checksums of the record that holds "abc", from the reference implementation's definition.
         assert_eq!(crc32c(b"123456789"), 0xE306_9283);
-        assert_eq!(masked(b"123456789"), (0xE306_9283u32 >> 15 | 0xE306_9283u32 << 17).wrapping_add(0xA282_EAD8));
+        assert_eq!(masked(b"123456789"), 0xE306_9283u32.rotate_right(15).wrapping_add(0xA282_EAD8));
         let folder = tempfile::tempdir().expect("a folder");
         let mut file = EventFile::create(folder.path()).expect("created");
         [1, 300].iter().for_each(|&step| file.add(&metrics(step)).expect("written"));

@@ -135,7 +135,8 @@ fn charts(out: &mut String, steps: &[Value], events: &[Value]) {
         false => ("loss", "val", "nats/token"),
     };
     out.push_str("<section class=\"charts\">\n");
-    let both: [(&dyn Fn(&Value) -> f64, &str, &str); 2] =
+    type Axis<'a> = (&'a dyn Fn(&Value) -> f64, &'a str, &'a str);
+    let both: [Axis<'_>; 2] =
         [(&seconds, "Loss over time", "seconds in steps"), (&tokens, "Loss over data", "tokens of data")];
     for (x, title, label) in both {
         let lines = [series("training, each step", x, loss, false), series("held out", x, held, true)];
