@@ -47,7 +47,7 @@ pub fn add(
         progress(script);
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
         let mut command = Command::new(python);
-        command.arg(&path).args(["--threads", &setup.threads.to_string()]).stderr(Stdio::inherit());
+        command.arg("-B").arg(&path).args(["--threads", &setup.threads.to_string()]).stderr(Stdio::inherit());
         if quick {
             command.arg("--quick");
         }

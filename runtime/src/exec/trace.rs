@@ -167,7 +167,10 @@ impl Trace {
         let (recorded, left_out) = self.calls();
         let about = json!({"calls": recorded, "calls_left_out": left_out, "threads": self.threads.len()});
         write!(out, "{{\"displayTimeUnit\":\"ns\",\"otherData\":{about},\"traceEvents\":[")?;
-        let meta = |name: &str, thread: usize, value: String| json!({"name": name, "ph": "M", "pid": 1, "tid": thread, "args": {"name": value}});
+        let meta = |name: &str, thread: usize, value: String| {
+            let args = json!({"name": value});
+            json!({"name": name, "ph": "M", "pid": 1, "tid": thread, "args": args})
+        };
         write!(out, "\n{}", meta("process_name", 0, "chimera".into()))?;
         for thread in 0..self.threads.len() {
             write!(out, ",\n{}", meta("thread_name", thread, format!("worker {thread}")))?;
