@@ -132,8 +132,8 @@ fn specs(quick: bool) -> Vec<Spec> {
         specs.push((format!("norm_quantise.{rows}x{n}"), Count::Elements, None, op.into(), types));
     }
     for (name, dist) in [("gaussian", Distribution::Gaussian), ("rademacher", Distribution::Rademacher)] {
-        let op = Random { dist, stream: "bench".to_owned(), shape: vec![1 << 20], members: 0, dtype: DType::F32 };
-        let types = vec![Type::i32(&[2]), Type::i32(&[1]), Type::i32(&[1])];
+        let op = Random { dist, shape: vec![1 << 20], members: 0, dtype: DType::F32 };
+        let types = [2, 1, 1, 1].map(|n| Type::i32(&[n])).to_vec();
         specs.push((format!("random.{name}"), Count::Elements, None, op.into(), types));
     }
     specs

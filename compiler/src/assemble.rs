@@ -28,6 +28,8 @@ pub(crate) struct Assembler<'a> {
     plan: Plan,
     kinds: &'a HashMap<String, WeightKind>,
     tuning: Tuning,
+    /// Kernels by their clusters, and by what they are.
+    clusters: HashMap<String, KernelId>,
     kernels: HashMap<String, KernelId>,
     weights: HashMap<String, BufferId>,
     states: HashMap<String, BufferId>,
@@ -37,9 +39,17 @@ pub(crate) struct Assembler<'a> {
 
 impl<'a> Assembler<'a> {
     pub(crate) fn new(plan: Plan, kinds: &'a HashMap<String, WeightKind>, tuning: Tuning) -> Assembler<'a> {
-        let maps = (HashMap::new(), HashMap::new(), HashMap::new(), HashMap::new());
-        let (kernels, weights, states, inputs) = maps;
-        Assembler { plan, kinds, tuning, kernels, weights, states, inputs, decisions: BTreeMap::new() }
+        Assembler {
+            plan,
+            kinds,
+            tuning,
+            clusters: HashMap::new(),
+            kernels: HashMap::new(),
+            weights: HashMap::new(),
+            states: HashMap::new(),
+            inputs: HashMap::new(),
+            decisions: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn finish(mut self) -> Plan {
@@ -103,18 +113,23 @@ impl<'a> Assembler<'a> {
         id
     }
 
+    /// The kernel of a cluster; clusters that lower to the same kernel share it.
     fn kernel(&mut self, run: &Run) -> KernelId {
-        let key = format!("{:?}", run.cluster);
-        if let Some(&id) = self.kernels.get(&key) {
+        let cluster = format!("{:?}", run.cluster);
+        if let Some(&id) = self.clusters.get(&cluster) {
             return id;
         }
-        let id = KernelId(self.plan.kernels.len() as u32);
         let anchor = &run.cluster.nodes[run.cluster.anchor].op;
         let (variant, _) = self.tuning.choose(anchor, &run.cluster.anchor_types());
         let mut kernel = run.cluster.with_variant(&variant).lower();
-        kernel.name = format!("{}#{}", kernel.name, id.0);
-        self.plan.kernels.push(kernel);
-        self.kernels.insert(key, id);
+        let plan = &mut self.plan;
+        let id = *self.kernels.entry(format!("{kernel:?}")).or_insert_with(|| {
+            let id = KernelId(plan.kernels.len() as u32);
+            kernel.name = format!("{}#{}", kernel.name, id.0);
+            plan.kernels.push(kernel);
+            id
+        });
+        self.clusters.insert(cluster, id);
         id
     }
 

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use chimera_ir::{
     DType, Graph, Tensor, Type, Value,
     ops::{
-        Balance, Binary, BinaryFn, Distribution, InferError, LowRankGrad, MeanAbs, Random, RmsScalar, Unary, UnaryFn,
-        WeightedSum,
+        self, Balance, Binary, BinaryFn, Distribution, InferError, LowRankGrad, MeanAbs, Random, RmsScalar, Unary,
+        UnaryFn, WeightedSum,
     },
     plan::WeightKind,
 };
@@ -102,13 +102,15 @@ impl Update<'_> {
 
     fn draw(
         &mut self,
-        stream: String,
+        name: &str,
         shape: &[usize],
         dist: Distribution,
         random: [Value; 3],
     ) -> Result<Value, InferError> {
-        let op = Random { dist, stream, shape: shape.to_vec(), members: self.members, dtype: DType::F32 };
-        self.g.op(op, &random)
+        let [seed, step, first] = random;
+        let stream = self.g.constant(ops::stream(name));
+        let op = Random { dist, shape: shape.to_vec(), members: self.members, dtype: DType::F32 };
+        self.g.op(op, &[seed, step, first, stream])
     }
 
     /// `M <- mu M + (1 - mu) g / rms(g)`, `w <- w - lr scale M / sqrt((1 - mu) / (1 + mu))`.
@@ -123,14 +125,14 @@ impl Update<'_> {
     ) -> Result<Value, InferError> {
         let vector = t.kind == WeightKind::Vector;
         let g = if vector {
-            let xi = self.draw(t.name.clone(), &t.dims, Distribution::Gaussian, random)?;
+            let xi = self.draw(&t.name, &t.dims, Distribution::Gaussian, random)?;
             self.g.op(WeightedSum {}, &[c, xi])?
         } else {
             let [m, n] = t.dims[..] else {
                 return Err(InferError::new("update", format!("{} is not a matrix", t.name)));
             };
-            let a = self.draw(format!("{}#A", t.name), &[m, rank], Distribution::Gaussian, random)?;
-            let b = self.draw(format!("{}#B", t.name), &[n, rank], Distribution::Gaussian, random)?;
+            let a = self.draw(&format!("{}#A", t.name), &[m, rank], Distribution::Gaussian, random)?;
+            let b = self.draw(&format!("{}#B", t.name), &[n, rank], Distribution::Gaussian, random)?;
             self.g.op(LowRankGrad { rank }, &[c, a, b])?
         };
         let mu = self.rule.momentum;
@@ -157,7 +159,7 @@ impl Update<'_> {
     /// `g = 1/K sum_k c_k / (2 eps) z_k`, `w <- w (1 - lr wd) - lr g`.
     fn mezo(&mut self, t: &Target, w: Value, c: Value, lr: Value, random: [Value; 3]) -> Result<Value, InferError> {
         let Scheme::Mezo { dist, eps, eps_rel, .. } = self.scheme else { unreachable!("called for shared directions") };
-        let z = self.draw(t.name.clone(), &t.dims, *dist, random)?;
+        let z = self.draw(&t.name, &t.dims, *dist, random)?;
         let ternary = t.kind == WeightKind::Ternary;
         let c = match eps_rel.filter(|_| ternary) {
             None => self.affine(c, 0.5 / eps, 0.0)?,

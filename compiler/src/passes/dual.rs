@@ -10,7 +10,7 @@ use chimera_ir::{
     DType, Graph, Op, Tensor, Type, Value,
     graph::{Kind, Node, Repeat},
     ops::{
-        Axis, Binary, BinaryFn, CrossEntropy, Dispatch, Distribution, EmbedRank, InferError, Linear, MeanAbs,
+        self, Axis, Binary, BinaryFn, CrossEntropy, Dispatch, Distribution, EmbedRank, InferError, Linear, MeanAbs,
         MemberDot, PackPanels, Probe, Random, RankUpdate, Reshape, Stack, TernaryProduct, TileRows, Unary, UnaryFn,
     },
     plan::WeightKind,
@@ -381,16 +381,12 @@ impl Transform<'_> {
         Ok(New { v, split: true, ..new })
     }
 
-    fn directions(
-        &self,
-        g: &mut Graph,
-        stream: &str,
-        shape: &[usize],
-        dist: Distribution,
-    ) -> Result<Value, InferError> {
+    fn directions(&self, g: &mut Graph, name: &str, shape: &[usize], dist: Distribution) -> Result<Value, InferError> {
         let shape = shape.to_vec();
-        let op = Random { dist, stream: stream.to_owned(), shape, members: self.members, dtype: DType::F32 };
-        g.op(op, &self.random.expect("the graph has its random inputs"))
+        let op = Random { dist, shape, members: self.members, dtype: DType::F32 };
+        let [seed, step, first] = self.random.expect("the graph has its random inputs");
+        let stream = g.constant(ops::stream(name));
+        g.op(op, &[seed, step, first, stream])
     }
 
     /// `w +- eps z`, `[2 M, ..]`.

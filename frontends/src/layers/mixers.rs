@@ -3,7 +3,7 @@
 use chimera_ir::{
     DType, Type, Value,
     ops::{
-        BinaryFn, Distribution, EflaBeta, GatedDelta, Linear, Mlstm, NormKind, PackPanels, Random, Rope, RowRms,
+        self, BinaryFn, Distribution, EflaBeta, GatedDelta, Linear, Mlstm, NormKind, PackPanels, Random, Rope, RowRms,
         ShortConv, SpanKnot, TitansMemory, UnaryFn, WindowAttention,
     },
 };
@@ -181,10 +181,11 @@ impl Net<'_> {
         }
         let (bits, width) = (cfg.knot.vector_bits, cfg.sketch_width());
         let (seed, step, first) = (self.seed(cfg.model_seed), self.word(TABLE_STEP), self.word(0));
-        let table = |net: &mut Self, stream: String, shape: &[usize]| {
+        let table = |net: &mut Self, name: String, shape: &[usize]| {
             let dist = Distribution::Rademacher;
-            let op = Random { dist, stream, shape: shape.to_vec(), members: 0, dtype: DType::I8 };
-            net.op(op, &[seed, step, first])
+            let op = Random { dist, shape: shape.to_vec(), members: 0, dtype: DType::I8 };
+            let stream = net.g.constant(ops::stream(&name));
+            net.op(op, &[seed, step, first, stream])
         };
         let signs = table(self, "@sketch".to_owned(), &[bits / width, width])?;
         let role = table(self, format!("{name}.role"), &[bits])?;

@@ -86,7 +86,7 @@ pub use self::{
     positions::Positions,
     probe::Probe,
     quantise::{CODE_PAD, Quantise},
-    random::{Distribution, Random, box_muller, philox, stream_id},
+    random::{Distribution, Random, box_muller, philox, stream, stream_id},
     rank_update::RankUpdate,
     reshape::Reshape,
     rms_scalar::RmsScalar,

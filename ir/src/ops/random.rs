@@ -1,6 +1,7 @@
 //! Counter-based random tensors: Philox4x32-10 with the stream name hashed into the counter.
 //!
-//! An element depends on (seed, stream, step, direction, flat index) only, so any tile on any thread gives the same bits.
+//! An element depends on (seed, stream, step, direction, flat index) only, so any tile on any thread gives the same bits. The stream
+//! is an operand, so that one kernel serves all tensors of a shape.
 
 use super::{Flops, InferError, OpDef, VjpCx};
 use crate::{DType, Data, Tensor, Type, Value, loops::Expr, lower::Lower};
@@ -33,16 +34,14 @@ impl Distribution {
     }
 }
 
-/// `(seed i32 [2], step i32 [1], first i32 [1]) -> [members?, shape...]`.
+/// `(seed i32 [2], step i32 [1], first i32 [1], stream i32 [1]) -> [members?, shape...]`.
 ///
-/// `seed` holds the low and the high word; member `j` has direction `first + j`. Section 13.1 of the semantics; the reference is
+/// `seed` holds the low and the high word; member `j` has direction `first + j`; `stream` is [`stream()`] of a name. Section 13.1 of the semantics; the reference is
 /// the random number page of the oracle, bit for bit: every written float operation rounds once, nothing is contracted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Random {
     /// The distribution.
     pub dist: Distribution,
-    /// The stream name; see [`stream_id`].
-    pub stream: String,
     /// The shape of one member.
     pub shape: Vec<usize>,
     /// The number of directions, stacked in front; 0 = one direction without a leading dimension.
@@ -54,6 +53,11 @@ pub struct Random {
 /// The counter word of a stream: FNV-1a of the UTF-8 name.
 pub fn stream_id(name: &str) -> u32 {
     name.bytes().fold(0x811C_9DC5, |h: u32, byte| (h ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// The operand of [`Random`] that stands for the stream of that name.
+pub fn stream(name: &str) -> Tensor {
+    Tensor::i32(&[1], vec![stream_id(name) as i32])
 }
 
 /// The four words of one counter.
@@ -135,9 +139,9 @@ impl OpDef for Random {
     const NAME: &'static str = "random";
 
     fn infer(&self, ins: &[Type]) -> Result<Vec<Type>, InferError> {
-        let want = [Type::i32(&[2]), Type::i32(&[1]), Type::i32(&[1])];
-        if ins != want {
-            return Err(InferError::new(Self::NAME, "takes seed i32[2], step i32[1] and first direction i32[1]"));
+        if ins != operands() {
+            let why = "takes seed i32[2], step i32[1], first direction i32[1] and stream i32[1]";
+            return Err(InferError::new(Self::NAME, why));
         }
         if self.shape.is_empty() || self.shape.contains(&0) {
             return Err(InferError::new(Self::NAME, format!("shape {:?} has no elements", self.shape)));
@@ -153,8 +157,7 @@ impl OpDef for Random {
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {
         let word = |k: usize, i: usize| ins[k].to_i64()[i] as u32;
         let seed = u64::from(word(0, 0)) | u64::from(word(0, 1)) << 32;
-        let (step, first, per) = (word(1, 0), word(2, 0), self.dist.per_block());
-        let id = stream_id(&self.stream);
+        let (step, first, id, per) = (word(1, 0), word(2, 0), word(3, 0), self.dist.per_block());
         let mut out = Vec::new();
         for member in 0..self.members.max(1) as u32 {
             for block in 0..self.numel().div_ceil(per) {
@@ -169,7 +172,7 @@ impl OpDef for Random {
     }
 
     fn vjp(&self, _: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
-        Ok(vec![None; 3])
+        Ok(vec![None; 4])
     }
 
     fn flops(&self, _: &[Type], outs: &[Type]) -> Flops {
@@ -191,9 +194,8 @@ impl OpDef for Random {
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
         use Distribution::*;
-        let ins = || vec![Type::i32(&[2]), Type::i32(&[1]), Type::i32(&[1])];
         let op = |dist, shape: &[usize], members, dtype| {
-            (Random { dist, stream: "a.weight#A".into(), shape: shape.to_vec(), members, dtype }, ins())
+            (Random { dist, shape: shape.to_vec(), members, dtype }, operands().to_vec())
         };
         vec![
             op(Rademacher, &[301], 0, DType::F32),
@@ -212,14 +214,8 @@ impl OpDef for Random {
     }
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
-        let op = |dist, shape: &[usize], dtype| Random {
-            dist,
-            stream: "x".into(),
-            shape: shape.to_vec(),
-            members: 0,
-            dtype,
-        };
-        let ins = || vec![Type::i32(&[2]), Type::i32(&[1]), Type::i32(&[1])];
+        let op = |dist, shape: &[usize], dtype| Random { dist, shape: shape.to_vec(), members: 0, dtype };
+        let ins = || operands().to_vec();
         vec![
             (op(Distribution::Gaussian, &[4], DType::I8), ins()),
             (op(Distribution::Gaussian, &[], DType::F32), ins()),
@@ -227,6 +223,11 @@ impl OpDef for Random {
             (op(Distribution::Rademacher, &[4], DType::BF16), ins()),
         ]
     }
+}
+
+/// The types of the operands.
+fn operands() -> [Type; 4] {
+    [2, 1, 1, 1].map(|n| Type::i32(&[n]))
 }
 
 /// The value as an `I32` literal with the same bits.

@@ -4,7 +4,7 @@
 
 use super::{
     COS, Distribution, LN, LN_2, LN_SPLIT, MULTIPLIERS, QUARTER_TURN, ROUNDS, Random, SIN, TWO_POW_MINUS_23,
-    TWO_POW_MINUS_24, WEYL, bits, stream_id,
+    TWO_POW_MINUS_24, WEYL, bits,
 };
 use crate::{
     DType,
@@ -20,12 +20,13 @@ pub(super) fn lower(op: &Random, cx: &mut Lower<'_>) {
     let blocks = n.div_ceil(per).min(BLOCKS);
     let span = blocks * per;
     let chunks = n.div_ceil(span);
-    let (seed, step, first) = (cx.buf(0), cx.buf(1), cx.buf(2));
+    let (seed, step, first, stream) = (cx.buf(0), cx.buf(1), cx.buf(2), cx.buf(3));
     let id = cx.grid(op.members.max(1) * chunks);
     let member = cx.bind(&id / chunks);
     let start = cx.bind(&id % chunks * span);
     let direction = cx.bind(Expr::load(first, 0) + member.clone().cast(Ty::I32));
     let step = cx.bind(Expr::load(step, 0));
+    let stream = cx.bind(Expr::load(stream, 0));
     let mut key = [cx.bind(Expr::load(seed, 0)), cx.bind(Expr::load(seed, 1))];
     let mut keys = vec![];
     for _ in 0..ROUNDS {
@@ -38,7 +39,7 @@ pub(super) fn lower(op: &Random, cx: &mut Lower<'_>) {
     let base = cx.bind(&start / per);
     cx.lanes(0, blocks, 1, |cx, j| {
         let block = cx.bind((&base + &j).cast(Ty::I32));
-        let words = philox(&mut cx.b, [block, bits(stream_id(&op.stream)), step, direction], &keys);
+        let words = philox(&mut cx.b, [block, stream, step, direction], &keys);
         let values = match op.dist {
             Distribution::Rademacher => words,
             Distribution::Gaussian => {
