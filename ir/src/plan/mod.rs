@@ -192,6 +192,22 @@ pub struct Entry {
     pub shared: (u64, u64),
 }
 
+impl Entry {
+    /// Visit every mention of a buffer.
+    fn each_buffer(&mut self, f: &mut dyn FnMut(&mut BufferId)) {
+        self.inputs.iter_mut().chain(&mut self.outputs).for_each(|(_, b)| f(b));
+        self.lifetimes.iter_mut().for_each(|l| f(&mut l.buffer));
+        for step in &mut self.steps {
+            match step {
+                Step::Run { args, .. } => args.iter_mut().for_each(&mut *f),
+                Step::Copy { from, to } => [from, to].into_iter().for_each(&mut *f),
+                Step::LoopBegin { counter, .. } => f(counter),
+                Step::LoopEnd { again } => f(again),
+            }
+        }
+    }
+}
+
 /// One remark of the compiler about fusion, for `inspect`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
@@ -246,6 +262,39 @@ impl Plan {
     /// A buffer.
     pub fn buffer(&self, id: BufferId) -> &BufferDecl {
         &self.buffers[id.0 as usize]
+    }
+
+    /// Leave out entry points other than those that `keep` names, and the kernels and arena buffers that none of the rest uses.
+    pub fn retain_entries(&mut self, keep: impl Fn(&str) -> bool) {
+        self.entries.retain(|e| keep(&e.name));
+        self.decisions.retain(|d| keep(&d.entry));
+        let mut new: Vec<Option<KernelId>> = vec![None; self.kernels.len()];
+        let mut kept = vec![];
+        for step in self.entries.iter_mut().flat_map(|e| &mut e.steps) {
+            if let Step::Run { kernel, .. } = step {
+                *kernel = *new[kernel.0 as usize].get_or_insert_with(|| {
+                    kept.push(kernel.0 as usize);
+                    KernelId(kept.len() as u32 - 1)
+                });
+            }
+        }
+        let mut old: Vec<Option<Kernel>> = std::mem::take(&mut self.kernels).into_iter().map(Some).collect();
+        self.kernels = kept.into_iter().filter_map(|k| old[k].take()).collect();
+        let lasts = |b: &BufferDecl| !matches!(b.place, Place::Arena(_));
+        let mut used: Vec<bool> = self.buffers.iter().map(lasts).collect();
+        self.entries.iter_mut().for_each(|e| e.each_buffer(&mut |b| used[b.0 as usize] = true));
+        let new: Vec<u32> = used
+            .iter()
+            .scan(0, |next, &used| {
+                *next += u32::from(used);
+                Some(next.wrapping_sub(1))
+            })
+            .collect();
+        let move_to = |b: &mut BufferId| b.0 = new[b.0 as usize];
+        self.entries.iter_mut().for_each(|e| e.each_buffer(&mut |b| move_to(b)));
+        self.constants.iter_mut().for_each(|(b, _)| move_to(b));
+        let mut used = used.into_iter();
+        self.buffers.retain(|_| used.next().unwrap_or(false));
     }
 
     /// Bytes of arena: the largest need of any entry point.

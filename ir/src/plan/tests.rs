@@ -289,3 +289,53 @@ fn many_steps_are_read() {
     assert_eq!(from_text(&to_text(&plan)).as_ref(), Ok(&plan));
     assert_eq!(from_bytes(&to_bytes(&plan)), Ok(plan));
 }
+
+#[test]
+fn entry_points_are_left_out_with_their_kernels() {
+    let mut plan = sample();
+    let named = |name: &str| Kernel { name: name.into(), ..add(8) };
+    plan.kernels = vec![named("only of the second"), named("of both"), named("of none")];
+    let mut second = Entry { name: "second".into(), ..plan.entries[0].clone() };
+    for (entry, kernels) in [(&mut plan.entries[0], [1, 1]), (&mut second, [1, 0])] {
+        let mut next = kernels.iter();
+        for step in &mut entry.steps {
+            if let Step::Run { kernel, .. } = step {
+                *kernel = KernelId(*next.next().unwrap());
+            }
+        }
+    }
+    // A buffer in front of the others, beyond the arena that the first entry point needs.
+    second.inputs.push(("mask".into(), BufferId(0)));
+    second.arena = 1024;
+    second.each_buffer(&mut |b| b.0 += 1);
+    plan.entries[0].each_buffer(&mut |b| b.0 += 1);
+    plan.constants.iter_mut().for_each(|(b, _)| b.0 += 1);
+    plan.buffers.insert(0, buffer(Type::f32(&[8]), Place::Arena(960), "mask"));
+    second.inputs.last_mut().unwrap().1 = BufferId(0);
+    plan.entries.push(second);
+    verify(&plan).unwrap();
+    let kernels = |plan: &Plan| plan.kernels.iter().map(|k| k.name.clone()).collect::<Vec<_>>();
+    let runs = |plan: &Plan| {
+        let id = |s: &Step| if let Step::Run { kernel, .. } = s { Some(kernel.0) } else { None };
+        plan.entries.iter().map(|e| e.steps.iter().filter_map(id).collect()).collect::<Vec<Vec<u32>>>()
+    };
+    for (keep, names, ids) in [
+        (&["loss", "second"][..], &["of both", "only of the second"][..], &[vec![0, 0], vec![0, 1]][..]),
+        (&["second"], &["of both", "only of the second"], &[vec![0, 1]]),
+        (&["loss", "absent"], &["of both"], &[vec![0, 0]]),
+        (&[], &[], &[]),
+    ] {
+        let mut rest = plan.clone();
+        rest.retain_entries(|name| keep.contains(&name));
+        verify(&rest).unwrap();
+        assert_eq!((kernels(&rest), runs(&rest)), (names.iter().map(|n| n.to_string()).collect(), ids.to_vec()));
+        assert_eq!(rest.decisions.len(), usize::from(keep.contains(&"loss")));
+        let name = |b: &BufferId| rest.buffer(*b).name.clone();
+        let inputs: Vec<Vec<String>> =
+            rest.entries.iter().map(|e| e.inputs.iter().map(|i| name(&i.1)).collect()).collect();
+        let all = [vec!["x".to_owned()], vec!["x".into(), "mask".into()]];
+        let kept = ["loss", "second"].iter().zip(all).filter(|(n, _)| keep.contains(n)).map(|(_, i)| i);
+        assert_eq!(inputs, kept.collect::<Vec<_>>());
+        assert!(rest.constants.iter().all(|(b, t)| name(b) == "c" && rest.buffer(*b).ty == t.ty));
+    }
+}

@@ -2,14 +2,14 @@
 //!
 //! Invariant: stdout carries the new text and nothing else, token by token; with `--json` it carries one object at the end.
 
-use crate::model::{Model, Source};
+use crate::model::{Model, Source, with_entries};
 use crate::options::{Failure, ModelOptions, RunOptions};
 use crate::session::Interrupt;
 use crate::weights::{self, WeightOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::layers::Depth;
 use chimera_runtime::exec::Executable;
-use chimera_runtime::generate::{Generator, Settings, Stop};
+use chimera_runtime::generate::{DECODE, Generator, PREFILL, Settings, Stop};
 use chimera_runtime::text::{Sampling, StreamDecoder, Vocab};
 use serde_json::json;
 use std::fs;
@@ -167,7 +167,7 @@ fn executable(args: &Args, model: &Model) -> Result<(Executable, Vec<String>), F
             return Err(Failure::usage("--loops is built into a compiled plan; name the configuration instead"));
         }
         // A plan may do without prefill.
-        (Source::Plan(plan), None) => (**plan).clone(),
+        (Source::Plan(plan), None) => with_entries(plan, &[PREFILL, DECODE]),
         _ => model.plan(entries, packed, &args.exec)?,
     };
     let mut exe = Executable::new(plan, &args.exec.exec())?;

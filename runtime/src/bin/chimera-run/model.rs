@@ -6,6 +6,7 @@ use crate::options::{Failure, ModelOptions, RunOptions};
 use chimera_compiler::{CompileError, EntrySpec, Options, compile};
 use chimera_frontends::config::{self, Loaded, ModelConfig, O200K_VOCABULARY, Overrides};
 use chimera_ir::plan::{self, Plan};
+use chimera_runtime::exec::PREPARE;
 use chimera_runtime::files::b158;
 use chimera_runtime::text::{Vocab, VocabSpec};
 use chimera_runtime::train::checkpoint;
@@ -168,8 +169,16 @@ impl Model {
                 )));
             }
         }
-        Ok((**plan).clone())
+        let kinds: Vec<&str> = entries.iter().map(|e| e.kind.name()).collect();
+        Ok(with_entries(plan, &kinds))
     }
+}
+
+/// A plan with those of the named entry points that it has, and what they need.
+pub fn with_entries(plan: &Plan, names: &[&str]) -> Plan {
+    let mut plan = plan.clone();
+    plan.retain_entries(|name| name == PREPARE || names.contains(&name));
+    plan
 }
 
 /// Compiles a configuration in process, with codes in place of the latents of the ternary weights `packed`.
