@@ -18,7 +18,7 @@ fn fixture(name: &str) -> String {
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
-    command.args(args).stdin(Stdio::null());
+    command.args(args).stdin(Stdio::null()).env("CHIMERA_CODE_CACHE", "off");
     command
 }
 
@@ -204,6 +204,34 @@ fn text_is_continued() {
     with(&["-f", "absent.txt"], 1, "absent.txt: cannot read the prompt");
     with(&[], 2, "--prompt");
     fails(&["generate", "--scale", "pico", "--vocab", "bytes", "--prompt", "a"], 2, "no weights");
+}
+
+#[test]
+fn machine_code_is_kept_and_never_trusted() {
+    let dir = Folder::new();
+    let (weights, code) = (dir.at("w.safetensors"), dir.at("code"));
+    pico_weights(&weights);
+    let base = ["generate", "--scale", "pico", "--vocab", "bytes", "--weights", &weights, "-n", "4", "--prompt", "a"];
+    let run = |cache: &str, more: &[&str]| -> (String, bool) {
+        let text = ok(&[&base[..], &["--json", "--seed", "1", "--code-cache", cache], more].concat());
+        let json: serde_json::Value = serde_json::from_str(&text).expect("one object");
+        (json["tokens"].to_string(), json["cached_code"].as_bool().expect("a truth value"))
+    };
+    let (tokens, cached) = run("off", &[]);
+    assert!(!cached);
+    assert_eq!([run(&code, &[]), run(&code, &[])], [(tokens.clone(), false), (tokens.clone(), true)]);
+    // Other kernels, and other emitters.
+    assert!(!run(&code, &["--chunk", "16"]).1);
+    assert!(!run(&code, &["--emitters", "portable,interp"]).1);
+    for entry in fs::read_dir(&code).expect("the folder is there") {
+        let path = entry.expect("an entry").path();
+        let mut bytes = fs::read(&path).expect("an entry");
+        let at = bytes.len() / 2;
+        bytes[at] ^= 1;
+        fs::write(&path, bytes).expect("the entry is written");
+    }
+    assert_eq!([run(&code, &[]), run(&code, &[])], [(tokens.clone(), false), (tokens, true)]);
+    fails(&[&base[..], &["--code-cache", ""]].concat(), 2, "the name is empty");
 }
 
 #[test]

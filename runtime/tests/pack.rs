@@ -15,7 +15,7 @@ use chimera_runtime::rng;
 
 fn run(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
-    command.args(args).stdin(Stdio::null()).output().expect("the program starts")
+    command.args(args).stdin(Stdio::null()).env("CHIMERA_CODE_CACHE", "off").output().expect("the program starts")
 }
 
 fn ok(args: &[&str]) -> (String, String) {

@@ -64,7 +64,8 @@ impl Place {
 }
 
 fn output(mut command: Command) -> (Option<i32>, String, String) {
-    let Output { status, stdout, stderr } = command.output().expect("the command starts");
+    let Output { status, stdout, stderr } =
+        command.env("CHIMERA_CODE_CACHE", "off").output().expect("the command starts");
     let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
     (status.code(), text(stdout), text(stderr))
 }
@@ -348,7 +349,15 @@ fn a_kill_at_any_moment_leaves_a_sound_checkpoint() {
 fn the_quickstart_trains_saves_loads_and_writes() {
     let place = Place::new();
     let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
-    command.current_dir(place.0.path()).args(["quickstart", "--seconds", "1", "--batch", "4", "--threads", "2"]);
+    command.current_dir(place.0.path()).env("CHIMERA_CODE_CACHE", "off").args([
+        "quickstart",
+        "--seconds",
+        "1",
+        "--batch",
+        "4",
+        "--threads",
+        "2",
+    ]);
     let Output { status, stdout, stderr } = command.output().expect("the command starts");
     let stderr = String::from_utf8_lossy(&stderr);
     assert_eq!(status.code(), Some(0), "{stderr}");

@@ -1,6 +1,6 @@
 //! Training with a loop depth drawn for every sequence: each sequence is probed as in a batch that runs at its depth throughout.
 
-use chimera_codegen::{Allowed, host};
+use chimera_codegen::host;
 use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
 use chimera_frontends::config::ModelConfig;
 use chimera_frontends::layers::Depth;
@@ -36,7 +36,7 @@ fn trainer(cfg: &ModelConfig, scheme: &Scheme, batch: &Batch, depth: Option<Dept
     ];
     let options = Options { target: host().to_string(), entries, ..Options::default() };
     let plan = compile(cfg, &options).expect("the model compiles");
-    let options = ExecOptions { threads: 2, emitters: Allowed::all(), target: host(), max_bytes: u64::MAX };
+    let options = ExecOptions { threads: 2, ..ExecOptions::default() };
     let mut exec = Executable::new(plan, &options).expect("the plan is executable");
     let weights = WeightFile::open(&path("model_params")).expect("the weights are there");
     weights.assign(&mut exec, false).expect("the weights fit");

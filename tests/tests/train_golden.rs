@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use chimera_codegen::{Allowed, host};
+use chimera_codegen::host;
 use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{ParamKind, parameters};
 use chimera_ir::ops::Distribution;
@@ -43,7 +43,7 @@ impl Case {
         ];
         let options = Options { target: host().to_string(), entries, ..Options::default() };
         let plan = compile(&golden.model(), &options).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let options = ExecOptions { threads: 2, emitters: Allowed::all(), target: host(), max_bytes: u64::MAX };
+        let options = ExecOptions { threads: 2, ..ExecOptions::default() };
         let mut exec = Executable::new(plan, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
         for (name, tensor) in &before {
             exec.set_weight(name, &tensor.ty.dims, tensor.as_f32()).unwrap_or_else(|e| panic!("{e}"));

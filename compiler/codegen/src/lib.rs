@@ -3,6 +3,7 @@
 //! Generated code is a function of the kernel, the [`Target`] and the emitter version, and all emitters agree with the interpreter
 //! bit for bit (payloads of NaN excepted).
 
+mod cache;
 mod emitter;
 mod host;
 mod inspect;
@@ -19,6 +20,6 @@ mod x86;
 pub use emitter::{Allowed, Code, Emitter, Refusal, emitters};
 pub use host::{host, processor};
 pub use inspect::{assemble, disassemble};
-pub use module::{CodegenError, Compiled, Entry, Module, compile};
+pub use module::{CodegenError, Compiled, Entry, Module, compile, compile_with};
 pub use target::{Arch, Feature, Target, TargetError};
 pub use trial::{Trial, TrialError};

@@ -4,11 +4,13 @@
 
 use std::borrow::Borrow;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use chimera_ir::loops::{Kernel, KernelError, verify};
 use rayon::prelude::*;
 
+use crate::cache::{self, Key};
 use crate::interp::Interpreted;
 use crate::memory::CodeMemory;
 use crate::{Allowed, Code, Refusal, Target, emitters, host, portable};
@@ -117,6 +119,8 @@ pub struct Module {
     pub target: Target,
     /// One for every kernel.
     pub kernels: Vec<Compiled>,
+    /// Whether the code was emitted by an earlier run.
+    pub cached: bool,
 }
 
 impl Module {
@@ -154,11 +158,34 @@ pub fn compile<K: Borrow<Kernel> + Sync>(
     target: &Target,
     allowed: &Allowed,
 ) -> Result<Module, CodegenError> {
+    compile_with(kernels, target, allowed, None)
+}
+
+/// As [`compile`], but code that an earlier run left in the folder `cache` is not emitted again, and new code is left there. The folder
+/// may be deleted at any time; one that cannot be used, or whose files are damaged, costs time only.
+///
+/// # Errors
+/// As for [`compile`].
+pub fn compile_with<K: Borrow<Kernel> + Sync>(
+    kernels: &[K],
+    target: &Target,
+    allowed: &Allowed,
+    cache: Option<&Path>,
+) -> Result<Module, CodegenError> {
     if !target.runs_on(&host()) {
         return Err(CodegenError::Foreign { target: *target });
     }
-    let emitted: Vec<Emitted> =
-        kernels.par_iter().map(|k| emit(k.borrow(), target, *allowed)).collect::<Result<_, _>>()?;
+    let cache = cache.and_then(|folder| Some((folder, Key::of(kernels, target, *allowed)?)));
+    let known = cache.and_then(|(folder, key)| cache::load(folder, key, kernels.len()));
+    let cached = known.is_some();
+    let emitted = match known {
+        Some(emitted) => emitted,
+        None => kernels.par_iter().map(|k| emit(k.borrow(), target, *allowed)).collect::<Result<Vec<_>, _>>()?,
+    };
+    if let Some((folder, key)) = cache.filter(|_| !cached) {
+        // Without an entry the next run emits the code again.
+        let _ = cache::store(folder, key, &emitted);
+    }
     let machine: Vec<&[u8]> = emitted
         .iter()
         .filter_map(|e| match &e.code {
@@ -184,5 +211,5 @@ pub fn compile<K: Borrow<Kernel> + Sync>(
         Compiled { emitter: e.emitter, refusals: e.refusals.clone(), code_bytes, entry: Entry(callable) }
     };
     let kernels = emitted.iter().zip(kernels).map(finish).collect();
-    Ok(Module { target: *target, kernels })
+    Ok(Module { target: *target, kernels, cached })
 }

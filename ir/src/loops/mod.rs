@@ -6,6 +6,7 @@
 
 mod build;
 mod expr;
+mod hash;
 mod interp;
 pub mod math;
 mod range;
@@ -165,7 +166,7 @@ pub enum Mode {
 }
 
 /// What a reduction accumulates.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub enum Acc {
     /// `acc = acc + x`, from 0.
     Sum(Expr),
@@ -176,7 +177,7 @@ pub enum Acc {
 }
 
 /// A statement.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub enum Stmt {
     /// Define or overwrite a local.
     Let(Var, Expr),
@@ -246,7 +247,7 @@ pub struct BufDecl {
 }
 
 /// One kernel. Arguments are the buffers that are not scratch, in order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Kernel {
     /// A name for people: the operations it came from.
     pub name: String,

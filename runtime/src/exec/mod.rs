@@ -22,10 +22,11 @@ pub use work::{Work, work};
 
 use crate::affinity::available_threads;
 use crate::pool::Pool;
-use chimera_codegen::{Allowed, Module, Target, host};
+use chimera_codegen::{Allowed, Module, Target, compile_with, host};
 use chimera_ir::plan::{self, Place, Plan, Step, WeightKind};
 use memory::{ALIGN, Block, WeightMemory, bytes_of};
 use program::{Flat, Memory, Table};
+use std::path::PathBuf;
 
 /// The entry point that derives persistent memory from the weights.
 pub const PREPARE: &str = "prepare";
@@ -44,12 +45,20 @@ pub struct ExecOptions {
     pub target: Target,
     /// The most bytes of memory to allocate.
     pub max_bytes: u64,
+    /// The folder where machine code is kept for the next run; none is kept when absent.
+    pub code_cache: Option<PathBuf>,
 }
 
 impl Default for ExecOptions {
-    /// All threads that may run at once, all emitters, this machine, no limit.
+    /// All threads that may run at once, all emitters, this machine, no limit, no cache.
     fn default() -> ExecOptions {
-        ExecOptions { threads: available_threads(), emitters: Allowed::all(), target: host(), max_bytes: u64::MAX }
+        ExecOptions {
+            threads: available_threads(),
+            emitters: Allowed::all(),
+            target: host(),
+            max_bytes: u64::MAX,
+            code_cache: None,
+        }
     }
 }
 
@@ -155,8 +164,9 @@ impl Executable {
                 return Err(ExecError::Memory { what, needed, allowed });
             }
         }
-        let module =
-            chimera_codegen::compile(&plan.kernels, &options.target, &options.emitters).map_err(ExecError::Compile)?;
+        let cache = options.code_cache.as_deref();
+        let module = compile_with(&plan.kernels, &options.target, &options.emitters, cache);
+        let module = module.map_err(ExecError::Compile)?;
         let pool = Pool::new(threads).map_err(ExecError::Threads)?;
         let block = |what, needed| Block::zeroed(needed).ok_or(ExecError::Memory { what, needed, allowed: None });
         let weight = |i: usize| match eager[i] {

@@ -82,6 +82,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let prompt = prompt(&args, &vocab)?;
     let (mut exe, unused) = executable(&args, &model)?;
     let memory = [exe.bytes(), exe.mapped_bytes()];
+    let cached = exe.module().cached;
     let interrupt = Interrupt::register()?;
     let defaults = &model.config.generation;
     let settings = Settings {
@@ -103,6 +104,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         args: &args,
         unused,
         memory,
+        cached,
     };
     args.exec.trace.start(&mut exe);
     let started = Instant::now();
@@ -187,6 +189,8 @@ struct Output<'a> {
     unused: Vec<String>,
     /// Bytes allocated, and bytes of weights that stay in their file.
     memory: [u64; 2],
+    /// Whether the machine code was that of an earlier run, for `--json`.
+    cached: bool,
 }
 
 impl Output<'_> {
@@ -222,6 +226,7 @@ impl Output<'_> {
                 "decode_seconds": wrote,
                 "allocated_bytes": self.memory[0],
                 "mapped_bytes": self.memory[1],
+                "cached_code": self.cached,
                 "unused_weights": self.unused,
             });
             return writeln!(self.out, "{result}");

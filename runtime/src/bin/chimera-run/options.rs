@@ -233,6 +233,34 @@ pub struct RunOptions {
     pub max_memory: Option<u64>,
     #[command(flatten)]
     pub trace: TraceOptions,
+    /// Folder that keeps machine code for the next start; that of the user when absent
+    #[arg(long, env = "CHIMERA_CODE_CACHE", value_name = "DIR|off", value_parser = parse_code_cache)]
+    pub code_cache: Option<CodeCache>,
+}
+
+/// Where machine code is kept.
+#[derive(Clone, Debug)]
+pub enum CodeCache {
+    /// Nowhere.
+    Off,
+    /// In this folder.
+    Folder(PathBuf),
+}
+
+/// `off`, or a folder.
+fn parse_code_cache(text: &str) -> Result<CodeCache, String> {
+    match text {
+        "" => Err("the name is empty; give a folder, or off".to_owned()),
+        "off" => Ok(CodeCache::Off),
+        folder => Ok(CodeCache::Folder(folder.into())),
+    }
+}
+
+/// The folder of the user for machine code, where the system says what is the user's.
+fn user_cache() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+    Some(caches?.join("chimera").join("code"))
 }
 
 fn parse_emitters(names: &str) -> Result<Allowed, String> {
@@ -272,6 +300,11 @@ impl RunOptions {
             emitters: self.emitters.unwrap_or_default(),
             target: self.target,
             max_bytes: self.max_memory.map_or(u64::MAX, |mb| mb.saturating_mul(1 << 20)),
+            code_cache: match &self.code_cache {
+                None => user_cache(),
+                Some(CodeCache::Off) => None,
+                Some(CodeCache::Folder(folder)) => Some(folder.clone()),
+            },
         }
     }
 }
