@@ -1,4 +1,5 @@
-//! `chimera-benches kernels|model`: measures this machine, the generated kernels and the entry points of plans, and checks answers.
+//! `chimera-benches kernels|model|startup`: measures this machine, the generated kernels, the entry points of plans and the start of a
+//! model, and checks answers.
 //!
 //! A wrong answer ends the run with an error; there is no figure without a check.
 
@@ -17,6 +18,7 @@ mod profile;
 mod row;
 mod single;
 mod stack;
+mod startup;
 mod subject;
 
 use std::io::{IsTerminal, Write};
@@ -68,6 +70,8 @@ enum Suite {
     Kernels,
     /// Entry points of whole models: loss, dual forward, update, prompt, decoding
     Model,
+    /// Start of the largest model: machine code, and the first token from a file that is not in memory
+    Startup,
 }
 
 /// Lines of progress come no faster than this where stderr is no terminal.
@@ -110,6 +114,7 @@ fn main() -> Result<()> {
     let (name, mut rows) = match args.suite {
         Suite::Kernels => ("kernels", kernels::run(&setup, args.quick, &mut show)?),
         Suite::Model => ("model", model::run(&setup, args.quick, &mut show)?),
+        Suite::Startup => ("startup", startup::run(&setup, args.quick, &mut show)?),
     };
     if let Some(python) = &args.peers {
         outside::add(&mut rows, name, python, &setup, args.quick, &mut show)?;
