@@ -87,6 +87,9 @@ fn code(setup: &Setup, times: usize, folder: &Path) -> Result<Vec<Row>> {
     ])
 }
 
+/// Kind, dimensions of one matrix, and how many are stacked; 0 of a tensor that is no stack.
+type Shape = (ParamKind, Vec<usize>, usize);
+
 /// The stored bytes of made-up weights: of `count` ternary matrices together, or of floats.
 fn stored(kind: ParamKind, dims: &[usize], count: usize, group: usize) -> Result<Vec<u8>> {
     let word = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
@@ -111,14 +114,13 @@ fn write(model: &ModelConfig, path: &Path) -> Result<u64> {
         WeightScale::Group => model.quantization.group_size.min(k),
         WeightScale::Row | WeightScale::Tensor => k,
     };
-    // The number of matrices is 0 of a tensor that is not a stack.
-    let mut tensors: BTreeMap<String, (ParamKind, Vec<usize>, usize)> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, Shape> = BTreeMap::new();
     for p in parameters(model) {
         let stack = expert_stack(&p.name).filter(|_| p.kind == ParamKind::Ternary).map(|s| s.0);
         let stacked = usize::from(stack.is_some());
         tensors.entry(stack.unwrap_or(p.name)).or_insert((p.kind, p.dims, 0)).2 += stacked;
     }
-    let mut made: Vec<(&(ParamKind, Vec<usize>, usize), Vec<u8>)> = vec![];
+    let mut made: Vec<(&Shape, Vec<u8>)> = vec![];
     for shape in tensors.values() {
         let (kind, dims, count) = shape;
         if !made.iter().any(|(known, _)| *known == shape) {
@@ -126,7 +128,7 @@ fn write(model: &ModelConfig, path: &Path) -> Result<u64> {
         }
     }
     let mut ternary = 0;
-    let entry = |(name, shape): (&'_ String, &(ParamKind, Vec<usize>, usize))| {
+    let entry = |(name, shape): (&String, &Shape)| {
         let (kind, dims, count) = shape;
         let bytes = made.iter().find(|(known, _)| *known == shape).map_or(&[][..], |m| &m.1);
         if *kind != ParamKind::Ternary {
