@@ -62,7 +62,8 @@ const FADED: f32 = -60.0;
 pub(super) fn fade(cx: &mut Lower<'_>, x: Expr) -> Expr {
     let x = cx.bind(x);
     let e = math::exp(cx, &x);
-    f32c(FADED).lt(x).select(e, f32c(0.0))
+    // What is not a number stays that.
+    x.lt(f32c(FADED)).select(f32c(0.0), e)
 }
 
 /// Vectors of lanes worth interleaving over `n` contiguous columns when every lane is one chain of multiply-adds.
