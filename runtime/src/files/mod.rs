@@ -198,6 +198,14 @@ impl MappedSlice {
         Some(MappedSlice { storage: Arc::clone(storage), range })
     }
 
+    /// Let the system begin to read these bytes, in large pieces, before they are used. It may decline.
+    pub fn will_need(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped(map) = &*self.storage {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, self.range.start, self.range.len());
+        }
+    }
+
     /// The bytes `range` of this slice; `None` when they do not lie inside.
     pub fn part(&self, range: Range<usize>) -> Option<MappedSlice> {
         self.get(range.clone())?;

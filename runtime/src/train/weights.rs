@@ -130,6 +130,15 @@ impl WeightFile {
         }
     }
 
+    /// Begin to read a tensor that is used soon.
+    fn will_need(&self, name: &str) {
+        let bytes = match &self.content {
+            Content::B158(file) => file.mapped(name).map(|t| t.2),
+            Content::SafeTensors(file) => file.mapped(name),
+        };
+        bytes.iter().for_each(MappedSlice::will_need);
+    }
+
     fn absent(&self, name: &str) -> TrainError {
         self.wrong(format!("tensor `{name}` cannot be read as floats; convert it"))
     }
@@ -180,6 +189,7 @@ impl WeightFile {
         }
         let (packed, floats): (Vec<&WeightDecl>, Vec<&WeightDecl>) =
             wanted.iter().partition(|w| w.kind == WeightKind::Packed);
+        floats.iter().for_each(|w| self.will_need(&w.name));
         // All checks in parallel; the first error by order of the plan counts.
         let checked = floats.par_iter().map(|w| {
             let float = self.float(&w.name)?;
@@ -198,6 +208,9 @@ impl WeightFile {
         }
         for weight in packed {
             self.assign_packed(exec, weight)?;
+            if weight.name.ends_with(CODES) {
+                self.will_need(source(weight));
+            }
         }
         Ok(unused.into_iter().map(str::to_owned).collect())
     }
