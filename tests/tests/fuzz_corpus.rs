@@ -151,6 +151,21 @@ fn journal() {
 }
 
 #[test]
+fn tokens() {
+    replay("tokens");
+}
+
+#[test]
+fn jsonl() {
+    replay("jsonl");
+}
+
+#[test]
+fn zstd() {
+    replay("zstd");
+}
+
+#[test]
 fn corpora_are_small_and_every_target_is_replayed() {
     let mut total = 0;
     for (name, _) in targets::TARGETS {

@@ -1,6 +1,7 @@
 //! The valid files that the corpora of the fuzz targets begin with.
 //!
-//! `CHIMERA_REWRITE_SEEDS=1` writes them again, after a change of a format; else they must be there and their readers accept them.
+//! `CHIMERA_REWRITE_SEEDS=1` writes them again, after a change of a format; else they must be there and their readers accept them. Those
+//! of `zstd` were written by zstd 1.5.4 and stay as they are.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -16,7 +17,8 @@ use chimera_ir::{Graph, Tensor, Type};
 use chimera_runtime::files::b158::{self, B158, Entry, ScaleEncoding, ScaleMode, ternarise};
 use chimera_runtime::files::safetensors::SafeTensors;
 use chimera_runtime::files::{HostTensor, npy, safetensors};
-use chimera_runtime::text::Vocab;
+use chimera_runtime::text::data::encode_documents;
+use chimera_runtime::text::{Tokens, Vocab, jsonl, zstd};
 use chimera_runtime::train::journal::{self, Header, Item, Record, Rollback, StepRecord};
 
 type Failure = Box<dyn Error>;
@@ -139,6 +141,23 @@ fn write_all(root: &Path) -> Result<(), Failure> {
     put(&at, "seed-bytes.vocab", Vocab::bytes().to_text().as_bytes())?;
     put(&at, "seed-o200k.vocab", Vocab::o200k().to_text().as_bytes())?;
     put(&at, "seed-restricted.vocab", Vocab::restricted([300, 301, 302, 5000]).to_text().as_bytes())?;
+    let own = "chimera-vocab 1\nkind bpe\ntokens 260\ncrc32c ";
+    let merges = "116 104\n256 101\n32 257\n";
+    put(&at, "seed-bpe.vocab", format!("{own}{:08x}\n{merges}", crc32c::crc32c(merges.as_bytes())).as_bytes())?;
+
+    let at = folder("tokens")?;
+    for (name, vocab) in [("bytes", Vocab::bytes()), ("o200k", Vocab::o200k())] {
+        put(&at, &format!("seed-{name}.tokens"), &encode_documents(&vocab, &["the cat", "", "a dog"])?)?;
+    }
+    put(&at, "seed-empty.tokens", &encode_documents(&Vocab::bytes(), &[])?)?;
+
+    let at = folder("jsonl")?;
+    put(&at, "seed-text.jsonl", b"{\"text\": \"a \\u00e4\\n\", \"more\": [1, null]}\n{\"text\": \"\"}\n")?;
+    put(&at, "seed-field.jsonl", b"{\"text\": \"x\", \"a\": {\"b\": \"c\"}}\n")?;
+    let parts = r#"[{"type": "text", "text": "he"}, {"text": "llo"}]"#;
+    let chat = format!(r#"{{"messages": [{{"role": "user", "content": null}}, {{"role": "a", "content": {parts}}}]}}"#);
+    put(&at, "seed-chat.jsonl", chat.as_bytes())?;
+
     Ok(())
 }
 
@@ -155,6 +174,13 @@ fn accepted(target: &str, file: &Path) -> Result<(), Failure> {
         "npy" => drop(npy::read(file)?),
         "journal" => journal_of_records(&fs::read(file)?)?,
         "vocab" => drop(Vocab::load(file)?),
+        "tokens" => drop(Tokens::open(file)?),
+        "jsonl" => {
+            for line in fs::read_to_string(file)?.lines() {
+                jsonl::record_text(line.as_bytes(), None)?;
+            }
+        }
+        "zstd" => drop(std::io::copy(&mut zstd::Zstd::new(&fs::read(file)?[..]), &mut std::io::sink())?),
         other => return Err(format!("no target is called {other}").into()),
     }
     Ok(())
@@ -188,7 +214,7 @@ fn seeds_are_accepted() -> Result<(), Failure> {
             }
         }
     }
-    assert_eq!(seeds.len(), 7, "every target has seeds: {seeds:?}");
+    assert_eq!(seeds.len(), 10, "every target has seeds: {seeds:?}");
     assert!(seeds.values().all(|&n| n >= 2), "{seeds:?}");
     Ok(())
 }

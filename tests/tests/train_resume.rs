@@ -56,7 +56,7 @@ fn trainer(plan: &Plan, threads: usize) -> Trainer {
 fn streams(vocab: &Vocab) -> (Batches, TokenStream) {
     let text = |salt: usize| (0..300).map(|i| if i * salt % 7 < 3 { "ab" } else { "c " }).collect::<String>();
     let stream = |salt| TokenStream::new(&[vocab.encode(&text(salt))], vocab.end_of_document());
-    (Batches::new(stream(3), SEED), stream(5))
+    (Batches::new(stream(3), TOKENS, SEED).expect("rows"), stream(5))
 }
 
 fn options(folder: &Path) -> RunOptions {
@@ -134,7 +134,10 @@ fn interruptions_and_threads_change_nothing() {
         let start = bits(&trainer(&plan, 1));
         let mut first = trainer(&plan, 1);
         let (outcome, progress) = train(&mut first, &whole, None, u64::MAX);
-        assert_eq!((outcome, progress.step, progress.position), (Outcome::Finished, STEPS, STEPS * ROWS as u64));
+        assert_eq!(
+            (outcome, progress.step, progress.position),
+            (Outcome::Finished, STEPS, STEPS * (ROWS * TOKENS) as u64)
+        );
         assert_ne!(bits(&first), start, "training moves weights");
 
         let mut second = trainer(&plan, 2);
@@ -181,7 +184,7 @@ fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights() {
     let before = bits(&trainer);
     let vocab = Vocab::bytes();
     let (batches, _) = streams(&vocab);
-    let (batch, _) = batches.next(0, ROWS, TOKENS).expect("a batch");
+    let (batch, _) = batches.next(0, ROWS, TOKENS);
     let error = trainer.step(&batch, 7, 0.1).expect_err("the loss is not a number");
     assert!(matches!(error, TrainError::Diverged { step: 7, .. }), "{error}");
     assert!(error.to_string().contains("in step 7") && error.to_string().contains("--lr"), "{error}");

@@ -12,6 +12,8 @@ use super::presets::{BYTE_VOCABULARY, O200K_VOCABULARY};
 
 /// A restricted vocabulary has the 256 bytes and the end of text, and no more than the text of o200k and that end.
 const RESTRICTED: std::ops::RangeInclusive<usize> = 257..=199_999;
+/// A vocabulary of byte pairs has the 256 bytes and the end of a document, and at most so many ids.
+const BYTE_PAIRS: std::ops::RangeInclusive<usize> = 257..=262_144;
 /// The head of a saved vocabulary is shorter than this.
 const MAX_HEAD: u64 = 256;
 
@@ -132,15 +134,18 @@ fn size_of_head(head: &str) -> Result<usize, (usize, String)> {
     match field("kind")? {
         ("bytes", _) => Ok(BYTE_VOCABULARY),
         ("o200k", _) => Ok(O200K_VOCABULARY),
-        ("o200k:restricted", _) => {
+        (kind @ ("o200k:restricted" | "bpe"), _) => {
             let (text, line) = field("tokens")?;
-            let n = text.parse().ok().filter(|n| RESTRICTED.contains(n));
+            let range = if kind == "bpe" { BYTE_PAIRS } else { RESTRICTED };
+            let n = text.parse().ok().filter(|n| range.contains(n));
             n.ok_or_else(|| {
-                let (least, most) = (RESTRICTED.start(), RESTRICTED.end());
+                let (least, most) = (range.start(), range.end());
                 (line, format!("found {:?} tokens, expected {least} to {most}", shown(text)))
             })
         }
-        (kind, line) => Err((line, format!("found kind {:?}, expected bytes, o200k or o200k:restricted", shown(kind)))),
+        (kind, line) => {
+            Err((line, format!("found kind {:?}, expected bytes, o200k, o200k:restricted or bpe", shown(kind))))
+        }
     }
 }
 
@@ -181,8 +186,10 @@ mod tests {
         let long =
             format!("chimera-vocab 1\nkind o200k:restricted\ntokens 301\ncrc32c 00000000\n{}", "1-2\n".repeat(999));
         assert_eq!(says(long.as_bytes()), Ok(301));
+        assert_eq!(says(b"chimera-vocab 1\nkind bpe\ntokens 4096\ncrc32c 00000000\n1 2\n"), Ok(4096));
         for (text, line, word) in [
-            (&b""[..], 1, "chimera-vocab"),
+            (&b"chimera-vocab 1\nkind bpe\ntokens 262145\n"[..], 3, "257 to 262144"),
+            (b"", 1, "chimera-vocab"),
             (b"\xff\xfe", 1, "chimera-vocab"),
             (b"chimera-vocab 2\n", 1, "format"),
             (b"chimera-vocab 1\nkind words\n", 2, "kind"),

@@ -192,6 +192,11 @@ impl MappedSlice {
         Ok(MappedSlice { range: 0..storage.len(), storage })
     }
 
+    /// Bytes in memory.
+    pub fn from_bytes(bytes: Vec<u8>) -> MappedSlice {
+        MappedSlice { range: 0..bytes.len(), storage: Arc::new(Storage::Owned(bytes)) }
+    }
+
     /// A part of `storage`; `None` when it does not lie inside.
     fn new(storage: &Arc<Storage>, range: Range<usize>) -> Option<MappedSlice> {
         storage.get(range.clone())?;

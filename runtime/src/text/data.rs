@@ -1,215 +1,389 @@
 //! Data files to tokenised documents, and the part of them that is held out.
 //!
-//! A source is a file; its documents never mix with those of another source. One file is one document.
+//! A source is what one argument names: a file or a folder. The same files and vocabulary give the same tokens, with or without a cache,
+//! whatever the number of threads.
 
-use std::fs;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::str::Utf8Error;
+use std::sync::Arc;
 
-use super::TextError;
-use super::vocab::{Vocab, VocabSpec, line_of};
+use rayon::prelude::*;
 
-/// The documents of one file as bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
-    /// File path or another name for messages.
-    pub name: String,
-    /// In order.
-    pub documents: Vec<Vec<u8>>,
-}
+use super::cache::{Cache, Cached};
+use super::input::{DataSpec, InputFile, Piece, Pieces, Reading, list};
+use super::jsonl::record_text;
+use super::order::mix;
+use super::pack::{DocumentPart, TokenStream};
+use super::tokens::{Origin, TokenWriter, Tokens};
+use super::vocab::{Vocab, VocabSpec};
+use super::{TextError, cache};
 
-/// The documents of one file as ids, without end-of-document tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Bytes, and pieces, that are encoded at a time.
+const GROUP_BYTES: usize = 8 << 20;
+const GROUP_PIECES: usize = 1 << 14;
+
+/// Hears how many of how many bytes are done; ascending.
+pub type ProgressFn<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// The documents of one source as ids.
+#[derive(Clone, Debug)]
 pub struct TokenSource {
-    /// As in [`Source`].
+    /// Path or another name for messages.
     pub name: String,
-    /// In order.
-    pub documents: Vec<Vec<u32>>,
+    /// See [`DataSpec`].
+    pub weight: f64,
+    /// Ids, without end-of-document tokens.
+    pub tokens: Tokens,
+    /// The cache file, and whether it was there before.
+    pub cached: Option<(PathBuf, Cached)>,
 }
 
-/// Training and held-out documents.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Split {
-    /// What is trained on.
-    pub train: Vec<Vec<u32>>,
-    /// What is only measured.
-    pub validation: Vec<Vec<u32>>,
-}
-
-/// Reads each path as one source of one document. A directory, a device, an empty file and a file that cannot be read
-/// are errors that name the path.
-pub fn read_files<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<Source>, TextError> {
-    if paths.is_empty() {
-        return Err(TextError::NoFiles);
+impl TokenSource {
+    /// A source of documents in memory.
+    ///
+    /// # Errors
+    /// When there is no room for the tokens.
+    pub fn of_documents(name: &str, vocab: &Vocab, documents: &[&str]) -> Result<TokenSource, TextError> {
+        let bytes = encode_documents(vocab, documents);
+        let bytes = bytes.map_err(|error| TextError::Io { path: name.into(), doing: "keep the tokens", error })?;
+        Ok(TokenSource { name: name.into(), weight: 1.0, tokens: Tokens::from_bytes(bytes)?, cached: None })
     }
-    paths.iter().map(|path| read_file(path.as_ref())).collect()
 }
 
-fn read_file(path: &Path) -> Result<Source, TextError> {
-    let io = |error| TextError::Io { path: path.into(), doing: "read the data", error };
-    let kind = fs::metadata(path).map_err(io)?;
-    if !kind.is_file() {
-        return Err(TextError::NotAFile { path: path.into(), directory: kind.is_dir() });
+/// Documents in memory in the layout of cache files, see [`Tokens::from_bytes`].
+///
+/// # Errors
+/// When there is no room.
+pub fn encode_documents(vocab: &Vocab, documents: &[&str]) -> io::Result<Vec<u8>> {
+    let mut out = TokenWriter::new(vec![], vocab)?;
+    for text in documents {
+        out.push(&vocab.encode(text))?;
+        out.end(hash(crc32c::crc32c(text.as_bytes()), text.len() as u64));
     }
-    let bytes = fs::read(path).map_err(io)?;
-    if bytes.is_empty() {
-        return Err(TextError::EmptyFile(path.into()));
-    }
-    Ok(Source { name: path.display().to_string(), documents: vec![bytes] })
+    out.finish(&Origin::new(vocab))
 }
 
-/// Encodes all documents. `progress` gets (bytes done, bytes in all), ascending, and is called at least once.
+/// A hash of a document by the checksum and number of its bytes.
+fn hash(sum: u32, bytes: u64) -> u64 {
+    mix(u64::from(sum) ^ bytes << 32)
+}
+
+/// Encodes data with a known vocabulary.
+///
+/// # Errors
+/// The first file and line that cannot be read, or a cache that cannot be written.
 pub fn tokenise(
     vocab: &Vocab,
-    sources: &[Source],
-    progress: &mut dyn FnMut(u64, u64),
+    data: &[DataSpec],
+    reading: &Reading,
+    cache: &Cache,
+    progress: ProgressFn<'_>,
 ) -> Result<Vec<TokenSource>, TextError> {
-    let total: u64 = sources.iter().flat_map(|s| &s.documents).map(|d| d.len() as u64).sum();
-    let mut done = 0;
-    progress(0, total);
-    let mut out = Vec::with_capacity(sources.len());
-    for source in sources {
-        let mut documents = Vec::with_capacity(source.documents.len());
-        for (i, bytes) in source.documents.iter().enumerate() {
-            let ids = vocab.encode_bytes(bytes, &mut |here| progress(done + here as u64, total)).map_err(|error| {
-                let offset = error.valid_up_to();
-                let name = match source.documents.len() {
-                    1 => source.name.clone(),
-                    _ => format!("{}: document {}", source.name, i + 1),
-                };
-                TextError::NotUtf8 { source: name, line: line_of(bytes, offset), offset, vocab: vocab.name() }
-            })?;
-            done += bytes.len() as u64;
-            documents.push(ids);
-        }
-        out.push(TokenSource { name: source.name.clone(), documents });
-    }
-    Ok(out)
+    let Some(ids) = vocab.restriction() else { return sources(vocab, data, reading, cache, progress) };
+    // Tokens of o200k serve every restriction that has all of them, and else say what is to be spelled.
+    let full = sources(&Vocab::o200k(), data, reading, cache, progress)?;
+    let complete = used(&full).zip(0..).all(|(used, id)| !used || ids.binary_search(&id).is_ok());
+    if complete { Ok(renamed(full, ids)) } else { full.into_iter().map(|s| narrowed(s, vocab)).collect() }
 }
 
 /// Resolves `--vocab` against the data and encodes the data with it.
+///
+/// # Errors
+/// As [`tokenise`], or a saved vocabulary that cannot be read.
 pub fn prepare(
     spec: &VocabSpec,
-    sources: &[Source],
-    progress: &mut dyn FnMut(u64, u64),
+    data: &[DataSpec],
+    reading: &Reading,
+    cache: &Cache,
+    progress: ProgressFn<'_>,
 ) -> Result<(Vocab, Vec<TokenSource>), TextError> {
     let vocab = match spec {
         VocabSpec::Bytes => Vocab::bytes(),
-        VocabSpec::O200k | VocabSpec::Restricted => Vocab::o200k(),
+        VocabSpec::O200k => Vocab::o200k(),
         VocabSpec::File(path) => Vocab::load(path)?,
+        VocabSpec::Restricted => {
+            let full = sources(&Vocab::o200k(), data, reading, cache, progress)?;
+            let vocab = Vocab::restricted(used(&full).zip(0..).filter_map(|(used, id)| used.then_some(id)));
+            let ids = vocab.restriction().cloned().unwrap_or_default();
+            return Ok((vocab, renamed(full, &ids)));
+        }
     };
-    let mut tokens = tokenise(&vocab, sources, progress)?;
-    if *spec != VocabSpec::Restricted {
-        return Ok((vocab, tokens));
-    }
-    let vocab = Vocab::restricted(tokens.iter().flat_map(|s| s.documents.iter().flatten().copied()));
-    for document in tokens.iter_mut().flat_map(|s| &mut s.documents) {
-        *document = vocab.narrow(document);
-    }
+    let tokens = tokenise(&vocab, data, reading, cache, progress)?;
     Ok((vocab, tokens))
 }
 
-/// Holds out the end of every source, at least `fraction` of its tokens: the fewest last documents that reach the
-/// fraction when the source has several (never the first one), otherwise a contiguous tail of the only one. A fraction of
-/// 0 holds out nothing; `0 <= fraction < 1`.
-pub fn split(sources: Vec<TokenSource>, fraction: f64) -> Result<Split, TextError> {
-    if !(0.0..1.0).contains(&fraction) {
-        return Err(TextError::BadFraction(fraction));
+/// Which ids occur in any of the sources.
+fn used(sources: &[TokenSource]) -> impl Iterator<Item = bool> {
+    let mut all = vec![];
+    for source in sources {
+        let used = source.tokens.used();
+        all.resize(used.len().max(all.len()), false);
+        all.iter_mut().zip(used).for_each(|(a, b)| *a |= b);
     }
-    let mut out = Split::default();
-    for mut source in sources {
-        let total: usize = source.documents.iter().map(Vec::len).sum();
-        let wanted = (total as f64 * fraction).ceil() as usize;
-        if let [only] = source.documents.as_mut_slice() {
-            let tail = only.split_off(only.len() - wanted.min(only.len().saturating_sub(1)));
-            out.train.append(&mut source.documents);
-            out.validation.extend((!tail.is_empty()).then_some(tail));
-            continue;
-        }
-        let (mut first, mut held) = (source.documents.len(), 0);
-        while held < wanted && first > 1 {
-            first -= 1;
-            held += source.documents[first].len();
-        }
-        let tail = source.documents.split_off(first);
-        out.train.append(&mut source.documents);
-        out.validation.extend(tail);
+    all.into_iter()
+}
+
+/// Tokens of o200k as tokens of a restricted vocabulary that has all of them.
+fn renamed(full: Vec<TokenSource>, ids: &[u32]) -> Vec<TokenSource> {
+    let mut names = vec![0; Vocab::o200k().size()];
+    for (&id, dense) in ids.iter().zip(0..) {
+        names[id as usize] = dense;
+    }
+    let names: Arc<[u32]> = names.into();
+    let renamed = |s: TokenSource| TokenSource { tokens: s.tokens.renamed(&names), ..s };
+    full.into_iter().map(renamed).collect()
+}
+
+/// Tokens of o200k as tokens of a restricted vocabulary, in memory; those that it lacks are spelled in bytes.
+fn narrowed(full: TokenSource, vocab: &Vocab) -> Result<TokenSource, TextError> {
+    let io = |error| TextError::Io { path: full.name.clone().into(), doing: "keep the tokens", error };
+    let mut out = TokenWriter::new(vec![], vocab).map_err(io)?;
+    for index in 0..full.tokens.documents() {
+        let document = full.tokens.document(index);
+        let ids: Vec<u32> = full.tokens.ids(document.ids).collect();
+        out.push(&vocab.narrow(&ids)).map_err(io)?;
+        out.end(document.hash);
+    }
+    let tokens = Tokens::from_bytes(out.finish(&Origin::new(vocab)).map_err(io)?)?;
+    Ok(TokenSource { tokens, ..full })
+}
+
+fn sources(
+    vocab: &Vocab,
+    data: &[DataSpec],
+    reading: &Reading,
+    cache: &Cache,
+    progress: ProgressFn<'_>,
+) -> Result<Vec<TokenSource>, TextError> {
+    if data.is_empty() {
+        return Err(TextError::NoFiles);
+    }
+    let lists = data.iter().map(|d| list(&d.path)).collect::<Result<Vec<_>, _>>()?;
+    let total: u64 = lists.iter().flatten().map(|f| f.size).sum();
+    let mut done = 0;
+    progress(0, total);
+    let mut out = vec![];
+    for (spec, files) in data.iter().zip(lists) {
+        let size: u64 = files.iter().map(|f| f.size).sum();
+        let (tokens, cached) =
+            cache::tokens_of(vocab, spec, files, reading, cache, &mut |here| progress(done + here, total))?;
+        done += size;
+        progress(done, total);
+        out.push(TokenSource { name: spec.path.display().to_string(), weight: spec.weight, tokens, cached });
     }
     Ok(out)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn source(name: &str, documents: &[&[u8]]) -> Source {
-        Source { name: name.into(), documents: documents.iter().map(|d| d.to_vec()).collect() }
-    }
-
-    #[test]
-    fn files_that_cannot_serve_are_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let (text, empty) = (folder.path().join("a.txt"), folder.path().join("b.txt"));
-        fs::write(&text, "hello").unwrap();
-        fs::write(&empty, "").unwrap();
-        let message = |paths: &[&Path]| read_files(paths).unwrap_err().to_string();
-        assert!(message(&[]).contains("at least one"));
-        assert!(message(&[&text, &empty]).ends_with("b.txt: the file is empty, expected text"));
-        assert!(message(&[folder.path()]).contains("is a directory"));
-        assert!(message(&[&folder.path().join("gone")]).contains("gone: cannot read the data"));
-        assert!(message(&[Path::new("/dev/zero")]).contains("not a regular file"));
-        assert_eq!(read_files(&[&text]).unwrap()[0].documents, [b"hello"]);
-    }
-
-    #[test]
-    fn bytes_that_are_not_text_are_placed() {
-        let data = [source("x.txt", &[b"one\ntwo\nab\xff"])];
-        let error = tokenise(&Vocab::o200k(), &data, &mut |_, _| ()).unwrap_err().to_string();
-        assert!(error.starts_with("x.txt: line 3 (byte offset 10) is not UTF-8"), "{error}");
-        let tokens = tokenise(&Vocab::bytes(), &data, &mut |_, _| ()).unwrap();
-        assert_eq!(tokens[0].documents[0].last(), Some(&255));
-        let two = [source("y", &[b"ok", b"\xc3("])];
-        let error = tokenise(&Vocab::o200k(), &two, &mut |_, _| ()).unwrap_err().to_string();
-        assert!(error.starts_with("y: document 2: line 1 (byte offset 0)"), "{error}");
-    }
-
-    #[test]
-    fn prepare_serves_every_vocabulary_and_reports_progress() {
-        let data = [source("x", &["the cat – the cat".as_bytes(), b"a dog"]), source("y", &[b"the dog"])];
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("v");
-        Vocab::restricted(Vocab::o200k().encode("the cat")).save(&path).unwrap();
-        let total: usize = data.iter().flat_map(|s| &s.documents).map(Vec::len).sum();
-        for spec in [VocabSpec::Bytes, VocabSpec::O200k, VocabSpec::Restricted, VocabSpec::File(path)] {
-            let mut calls = Vec::new();
-            let (vocab, tokens) = prepare(&spec, &data, &mut |done, all| calls.push((done, all))).unwrap();
-            assert!(calls.is_sorted() && calls.last() == Some(&(total as u64, total as u64)));
-            for (raw, coded) in data.iter().zip(&tokens) {
-                assert_eq!(raw.name, coded.name);
-                for (bytes, ids) in raw.documents.iter().zip(&coded.documents) {
-                    assert_eq!(vocab.decode(ids), *bytes, "{spec:?}");
-                }
+/// Reads, encodes and writes all documents of the files of a source. `progress` gets bytes on disk.
+pub(super) fn encode_files(
+    vocab: &Vocab,
+    spec: &DataSpec,
+    files: Vec<InputFile>,
+    reading: &Reading,
+    out: &mut dyn Write,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), TextError> {
+    let io = |error| TextError::Io { path: spec.path.clone(), doing: "keep the tokens of the data", error };
+    let mut work = Encoder {
+        vocab,
+        reading,
+        out: TokenWriter::new(out, vocab).map_err(io)?,
+        group: vec![],
+        group_bytes: 0,
+        sum: 0,
+        bytes: 0,
+    };
+    let (mut done, mut sums) = (0, vec![]);
+    for file in &files {
+        let mut pieces = Pieces::open(file, reading, vocab.is_text())?;
+        while let Some(piece) = pieces.next()? {
+            if work.add(file, pieces.is_records(), piece)? {
+                progress(done + pieces.bytes_read());
             }
         }
-        let (_, full) = prepare(&VocabSpec::O200k, &data, &mut |_, _| ()).unwrap();
-        let (_, narrow) = prepare(&VocabSpec::Restricted, &data, &mut |_, _| ()).unwrap();
-        assert_eq!(full[0].documents[0].len(), narrow[0].documents[0].len());
+        sums.push(pieces.finish()?);
+        done += file.size;
+    }
+    work.flush()?;
+    if work.out.documents() == 0 {
+        return Err(TextError::NoDocuments(spec.path.clone()));
+    }
+    let Encoder { out, .. } = work;
+    let (field, binary) = (reading.field.clone(), reading.binary);
+    out.finish(&Origin { field, binary, files, sums, ..Origin::new(vocab) }).map_err(io)?;
+    Ok(())
+}
+
+/// Encodes pieces in groups, on all cores.
+struct Encoder<'a, 'w> {
+    vocab: &'a Vocab,
+    reading: &'a Reading,
+    out: TokenWriter<&'w mut dyn Write>,
+    group: Vec<(&'a InputFile, bool, Piece)>,
+    group_bytes: usize,
+    /// Checksum and number of bytes of the current document.
+    sum: u32,
+    bytes: u64,
+}
+
+struct Encoded {
+    ids: Vec<u32>,
+    sum: u32,
+    bytes: usize,
+}
+
+impl<'a> Encoder<'a, '_> {
+    /// Takes a piece; whether a group was encoded.
+    fn add(&mut self, file: &'a InputFile, record: bool, piece: Piece) -> Result<bool, TextError> {
+        self.group_bytes += piece.bytes.len();
+        self.group.push((file, record, piece));
+        let full = self.group_bytes >= GROUP_BYTES || self.group.len() >= GROUP_PIECES;
+        if full {
+            self.flush()?;
+        }
+        Ok(full)
     }
 
-    #[test]
-    fn held_out_part_is_the_end_of_each_source() {
-        let one = TokenSource { name: "a".into(), documents: vec![(0..100).collect()] };
-        let many = TokenSource { name: "b".into(), documents: vec![vec![1; 50], vec![2; 30], vec![3; 20], vec![]] };
-        let parts = split(vec![one.clone(), many.clone()], 0.25).unwrap();
-        assert_eq!(parts.train, [(0..75).collect(), vec![1; 50]]);
-        assert_eq!(parts.validation, [(75..100).collect(), vec![2; 30], vec![3; 20], vec![]]);
-        assert_eq!(split(vec![many.clone()], 0.2).unwrap().validation, [vec![3; 20], vec![]]);
-        let most = split(vec![one, many], 0.999).unwrap();
-        assert_eq!(most.train, [vec![0], vec![1; 50]]);
-        let none = TokenSource { name: "c".into(), documents: vec![vec![7], vec![8]] };
-        assert_eq!(split(vec![none], 0.0).unwrap(), Split { train: vec![vec![7], vec![8]], validation: vec![] });
-        assert_eq!(split(vec![TokenSource { name: "d".into(), documents: vec![] }], 0.5).unwrap(), Split::default());
-        for bad in [1.0, -0.1, f64::NAN] {
-            assert!(split(vec![], bad).unwrap_err().to_string().contains("from 0 to below 1"));
+    fn flush(&mut self) -> Result<(), TextError> {
+        let (vocab, reading) = (self.vocab, self.reading);
+        let encoded: Vec<_> = self
+            .group
+            .par_iter()
+            .map(|(file, record, piece)| text_of(vocab, reading, file, *record, piece))
+            .map(|text| text.map(|(sum, bytes, ids)| Encoded { ids, sum, bytes }))
+            .collect();
+        for ((file, _, piece), encoded) in self.group.drain(..).zip(encoded) {
+            let Encoded { ids, sum, bytes } = encoded?;
+            let io = |error| TextError::Io { path: file.path.clone(), doing: "keep the tokens of the data", error };
+            self.out.push(&ids).map_err(io)?;
+            self.sum = crc32c::crc32c_combine(self.sum, sum, bytes);
+            self.bytes += bytes as u64;
+            if piece.last {
+                if self.bytes > 0 {
+                    self.out.end(hash(self.sum, self.bytes));
+                }
+                (self.sum, self.bytes) = (0, 0);
+            }
         }
+        self.group_bytes = 0;
+        Ok(())
     }
 }
+
+/// Checksum, number of bytes, and ids of a piece.
+fn text_of(
+    vocab: &Vocab,
+    reading: &Reading,
+    file: &InputFile,
+    record: bool,
+    piece: &Piece,
+) -> Result<(u32, usize, Vec<u32>), TextError> {
+    let source = || file.path.display().to_string();
+    if record {
+        let text = record_text(&piece.bytes, reading.field.as_deref());
+        let text = text.map_err(|what| TextError::BadRecord { source: source(), line: piece.line, what })?;
+        return Ok((crc32c::crc32c(text.as_bytes()), text.len(), vocab.encode(&text)));
+    }
+    refuse_zeros(piece, reading, &source())?;
+    let ids = vocab.encode_bytes(&piece.bytes).map_err(|e| not_utf8(piece, e, &source(), vocab.name()))?;
+    Ok((crc32c::crc32c(&piece.bytes), piece.bytes.len(), ids))
+}
+
+/// The text of a piece, for a vocabulary that encodes text.
+pub(super) fn text_in<'a>(
+    piece: &'a Piece,
+    reading: &Reading,
+    source: &str,
+    vocab: &'static str,
+) -> Result<&'a str, TextError> {
+    refuse_zeros(piece, reading, source)?;
+    std::str::from_utf8(&piece.bytes).map_err(|e| not_utf8(piece, e, source, vocab))
+}
+
+fn not_utf8(piece: &Piece, error: Utf8Error, source: &str, vocab: &'static str) -> TextError {
+    let (line, offset) = place(piece, error.valid_up_to());
+    TextError::NotUtf8 { source: source.into(), line, offset, vocab }
+}
+
+fn refuse_zeros(piece: &Piece, reading: &Reading, source: &str) -> Result<(), TextError> {
+    let zero = if reading.binary { None } else { piece.bytes.iter().position(|&b| b == 0) };
+    zero.map_or(Ok(()), |at| {
+        let (line, offset) = place(piece, at);
+        Err(TextError::Binary { source: source.into(), line, offset })
+    })
+}
+
+/// Line and offset in the file of a byte of a piece.
+fn place(piece: &Piece, at: usize) -> (u64, u64) {
+    let lines = piece.bytes[..at].iter().filter(|&&b| b == b'\n').count();
+    (piece.line + lines as u64, piece.offset + at as u64)
+}
+
+/// Training and held-out documents.
+#[derive(Clone, Debug)]
+pub struct Split {
+    /// What is trained on, and how often: sources of one weight are one stream.
+    pub train: Vec<(f64, TokenStream)>,
+    /// What is only measured.
+    pub validation: TokenStream,
+}
+
+/// Holds out a share of every source, `0 <= fraction < 1`. Of a source with several documents, those whose hash falls into the share: which
+/// ones depends on their text alone, so that more data, another order or a copy of a document move none from one side to the other. At
+/// least one is held out and at least one stays. Of a source that is one document, its end.
+///
+/// # Errors
+/// A fraction outside the range.
+pub fn split(sources: &[TokenSource], fraction: f64, end_of_document: u32) -> Result<Split, TextError> {
+    if !(0.0..1.0).contains(&fraction) {
+        return Err(TextError::BadFraction(fraction));
+    }
+    let mut train: Vec<(f64, Vec<DocumentPart>)> = vec![];
+    let mut validation = vec![];
+    for source in sources {
+        let place = train.iter().position(|(weight, _)| *weight == source.weight).unwrap_or_else(|| {
+            train.push((source.weight, vec![]));
+            train.len() - 1
+        });
+        let (tokens, kept) = (&source.tokens, &mut train[place].1);
+        let part = |ids| DocumentPart { tokens: tokens.clone(), ids };
+        if tokens.documents() == 1 {
+            let n = tokens.len();
+            let cut = n - ((n as f64 * fraction).ceil() as usize).min(n.saturating_sub(1));
+            kept.push(part(0..cut));
+            validation.extend((cut < n).then(|| part(cut..n)));
+            continue;
+        }
+        let held = held_out(tokens, fraction);
+        for (index, held) in held.into_iter().enumerate() {
+            let part = part(tokens.document(index).ids);
+            if held { validation.push(part) } else { kept.push(part) }
+        }
+    }
+    let stream = |parts| TokenStream::of(parts, end_of_document);
+    Ok(Split {
+        train: train.into_iter().map(|(w, parts)| (w, stream(parts))).collect(),
+        validation: stream(validation),
+    })
+}
+
+/// Which of several documents are held out.
+fn held_out(tokens: &Tokens, fraction: f64) -> Vec<bool> {
+    let hashes: Vec<u64> = (0..tokens.documents()).map(|i| tokens.document(i).hash).collect();
+    let share = |hash: u64| hash as f64 / 2f64.powi(64);
+    let mut held: Vec<bool> = hashes.iter().map(|&h| share(h) < fraction).collect();
+    if fraction > 0.0 && !held.contains(&true) {
+        let least = hashes.iter().min().copied();
+        held.iter_mut().zip(&hashes).for_each(|(held, h)| *held = Some(*h) == least);
+    }
+    if !held.contains(&false) {
+        let most = hashes.iter().max().copied();
+        held.iter_mut().zip(&hashes).for_each(|(held, h)| *held = Some(*h) != most);
+    }
+    held
+}
+
+#[cfg(test)]
+#[path = "data_tests.rs"]
+mod tests;

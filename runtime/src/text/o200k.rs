@@ -4,7 +4,6 @@
 
 use std::sync::OnceLock;
 
-use rayon::prelude::*;
 use splintr::{AnyTokenizer, Backend, SpecialMode, Tokenizer};
 
 /// Ids of o200k_base with the agent tokens behind it.
@@ -13,11 +12,6 @@ pub(super) const SIZE: u32 = 200_073;
 pub(super) const TEXT: u32 = 199_998;
 /// `<|endoftext|>`.
 pub(super) const END_OF_TEXT: u32 = 199_999;
-
-/// Text is tokenised in pieces of about this many bytes, cut where no token can span the cut.
-const PIECE: usize = 256 * 1024;
-/// Pieces between two reports of progress.
-const PIECES_PER_REPORT: usize = 8;
 
 /// True for ids that stand for bytes or are a named control token.
 pub(super) fn is_assigned(id: u32) -> bool {
@@ -72,57 +66,14 @@ pub(super) fn encode(text: &str) -> Vec<u32> {
         .expect("ordinary mode has no list of allowed tokens to violate")
 }
 
-/// As [`encode`], on all cores; `progress` gets the number of bytes done so far.
-pub(super) fn encode_long(text: &str, progress: &mut dyn FnMut(usize)) -> Vec<u32> {
-    let pieces = pieces(text, PIECE);
-    let (mut ids, mut done) = (Vec::with_capacity(text.len() / 4), 0);
-    for group in pieces.chunks(PIECES_PER_REPORT) {
-        let encoded: Vec<Vec<u32>> = group.par_iter().map(|piece| encode(piece)).collect();
-        encoded.iter().for_each(|piece| ids.extend_from_slice(piece));
-        done += group.iter().map(|piece| piece.len()).sum::<usize>();
-        progress(done);
-    }
-    ids
-}
-
-/// Cuts `text` after a newline that an ASCII letter follows, at least `target` bytes apart. The o200k pattern has no
-/// alternative that continues from a newline into a letter, so the pieces tokenise exactly as the whole does.
-fn pieces(text: &str, target: usize) -> Vec<&str> {
-    let (bytes, mut out, mut start) = (text.as_bytes(), Vec::new(), 0);
-    let mut at = target;
-    while at < bytes.len() {
-        if bytes[at - 1] == b'\n' && bytes[at].is_ascii_alphabetic() {
-            out.push(&text[start..at]);
-            start = at;
-            at += target;
-        } else {
-            at += 1;
-        }
-    }
-    out.push(&text[start..]);
-    out
+/// Hands the parts that `text` falls into before merging to `each`: no token spans two of them.
+pub(super) fn words(text: &str, each: impl FnMut(&str)) {
+    bpe(&tables().tokenizer).for_each_pre_token(text, each);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pieces_tokenise_as_the_whole() {
-        let unit =
-            "Fn main() {\n    let x = 1;\n}\n\nWord's end!\n/ path\n\r\n  'Quoted' text…\nÄther 12345 \n \nnext\n";
-        let text = unit.repeat(40);
-        let whole = encode(&text);
-        for target in [1, 7, 64, 1000] {
-            let parts = pieces(&text, target);
-            assert!(parts.len() > 2, "the text has places to cut");
-            assert_eq!(parts.concat(), text);
-            assert_eq!(parts.iter().flat_map(|p| encode(p)).collect::<Vec<_>>(), whole, "target {target}");
-        }
-        let mut last = 0;
-        assert_eq!(encode_long(&text, &mut |done| last = done), whole);
-        assert_eq!(last, text.len());
-    }
 
     #[test]
     fn the_table_is_the_documented_one() {

@@ -26,7 +26,7 @@ pub(super) fn permute(index: u64, n: u64, seed: u64, epoch: u64) -> u64 {
 }
 
 /// A bijection of 64-bit words in which every output bit depends on every input bit.
-fn mix(word: u64) -> u64 {
+pub(super) fn mix(word: u64) -> u64 {
     let mut x = word.wrapping_add(0x9E37_79B9_7F4A_7C15);
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

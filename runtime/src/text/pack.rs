@@ -1,20 +1,29 @@
-//! Documents packed into rows, and the order in which training sees the rows.
+//! Documents packed into rows.
 //!
 //! Row `r` of length T holds stream positions `r*T .. r*T+T`; labels are shifted once, here; what a closing end of
 //! document would have to predict belongs to another document and is ignored.
 
 use std::ops::Range;
 
-use super::TextError;
-use super::order::permute;
+use super::tokens::{Origin, TokenWriter, Tokens};
+use super::vocab::Vocab;
 
 /// The label of a position that does not count.
 pub const IGNORE: i32 = -100;
 
-/// Documents joined into one stream: document, end, document, end, ...
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A document, or a part of one that is treated as a document.
+#[derive(Clone, Debug)]
+pub(super) struct DocumentPart {
+    /// Where its ids are.
+    pub tokens: Tokens,
+    /// Which of them.
+    pub ids: Range<usize>,
+}
+
+/// Documents joined into one stream: document, end, document, end, ... The ids stay where they are.
+#[derive(Clone, Debug)]
 pub struct TokenStream {
-    tokens: Vec<u32>,
+    documents: Vec<DocumentPart>,
     /// Stream position of each document's closing end-of-document token, ascending.
     ends: Vec<usize>,
     end_of_document: u32,
@@ -36,21 +45,51 @@ pub struct Batch {
 }
 
 impl TokenStream {
-    /// Joins documents, empty ones included.
+    /// Joins documents of ids below 2^18 in memory, empty ones included.
     pub fn new(documents: &[Vec<u32>], end_of_document: u32) -> Self {
-        let total = documents.iter().map(|d| d.len() + 1).sum();
-        let (mut tokens, mut ends) = (Vec::with_capacity(total), Vec::with_capacity(documents.len()));
-        for document in documents {
-            tokens.extend_from_slice(document);
-            ends.push(tokens.len());
-            tokens.push(end_of_document);
-        }
-        Self { tokens, ends, end_of_document }
+        let vocab = Vocab::o200k();
+        let image = || {
+            let mut out = TokenWriter::new(vec![], &vocab)?;
+            for ids in documents {
+                out.push(ids)?;
+                out.end(0);
+            }
+            out.finish(&Origin { vocab_size: 1 << 18, ..Origin::new(&vocab) })
+        };
+        let image = image().expect("writing to memory succeeds");
+        let tokens = Tokens::from_bytes(image).expect("what was written can be read");
+        let part = |i| DocumentPart { tokens: tokens.clone(), ids: tokens.document(i).ids };
+        Self::of((0..documents.len()).map(part).collect(), end_of_document)
+    }
+
+    /// Joins parts of documents.
+    pub(super) fn of(documents: Vec<DocumentPart>, end_of_document: u32) -> Self {
+        let ends = documents.iter().scan(0, |next, document| {
+            let end = *next + document.ids.len();
+            *next = end + 1;
+            Some(end)
+        });
+        Self { ends: ends.collect(), documents, end_of_document }
     }
 
     /// All tokens, end-of-document tokens included.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+    pub fn tokens(&self) -> impl Iterator<Item = u32> + '_ {
+        self.documents.iter().flat_map(|d| d.tokens.ids(d.ids.clone()).chain([self.end_of_document]))
+    }
+
+    /// Number of tokens, end-of-document tokens included.
+    pub fn len(&self) -> usize {
+        self.ends.last().map_or(0, |end| end + 1)
+    }
+
+    /// Whether there is no document.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Number of documents.
+    pub fn documents(&self) -> usize {
+        self.ends.len()
     }
 
     /// Complete rows of length `seq >= 1`; an incomplete last row is dropped.
@@ -77,22 +116,39 @@ impl TokenStream {
     }
 
     /// Positions that have a next token.
-    fn labelled(&self) -> usize {
-        self.tokens.len().saturating_sub(1)
+    pub(super) fn labelled(&self) -> usize {
+        self.len().saturating_sub(1)
     }
 
     fn push_row(&self, row: usize, seq: usize, out: &mut Batch) {
         let start = (row * seq).min(self.labelled());
         let stop = (start + seq).min(self.labelled());
-        let mut document = self.ends.partition_point(|&end| end < start);
-        for t in start..stop {
-            let closing = self.ends[document] == t;
-            out.tokens.push(self.tokens[t] as i32);
-            out.labels.push(if closing { IGNORE } else { self.tokens[t + 1] as i32 });
-            out.seg.push(document as i32);
-            document += usize::from(closing);
-        }
+        self.push_range(start..stop, None, out);
         self.push_padding(seq - (stop - start), out);
+    }
+
+    /// Positions that have labels. Documents are numbered as in the stream, or from `first` on.
+    pub(super) fn push_range(&self, positions: Range<usize>, first: Option<i32>, out: &mut Batch) {
+        let mut at = positions.start;
+        let from = self.ends.partition_point(|&end| end < at);
+        for (index, document) in self.documents.iter().enumerate().skip(from) {
+            if at >= positions.end {
+                break;
+            }
+            let end = self.ends[index];
+            let start = end - document.ids.len();
+            let stop = positions.end.min(end + 1);
+            // Positions at..stop hold ids, and the end of the document where stop is behind it.
+            let ids = document.ids.start + at - start..(document.ids.start + stop - start).min(document.ids.end);
+            let closing = (stop > end).then_some(self.end_of_document as i32);
+            out.tokens.extend(document.tokens.ids(ids.clone()).map(|id| id as i32).chain(closing));
+            let next = (ids.start + 1).min(document.ids.end)..(ids.end + 1).min(document.ids.end);
+            let last = (ids.end == document.ids.end && !ids.is_empty()).then_some(self.end_of_document as i32);
+            out.labels.extend(document.tokens.ids(next).map(|id| id as i32).chain(last).chain(closing.map(|_| IGNORE)));
+            let number = first.map_or(index as i32, |first| first.wrapping_add((index - from) as i32));
+            out.seg.resize(out.tokens.len(), number);
+            at = stop;
+        }
     }
 
     fn push_padding(&self, positions: usize, out: &mut Batch) {
@@ -104,7 +160,7 @@ impl TokenStream {
 }
 
 impl Batch {
-    fn empty(batch: usize, seq: usize) -> Self {
+    pub(super) fn empty(batch: usize, seq: usize) -> Self {
         let room = || Vec::with_capacity(batch * seq);
         Self { batch, seq, tokens: room(), labels: room(), seg: room() }
     }
@@ -112,44 +168,6 @@ impl Batch {
     /// Positions whose label counts.
     pub fn counted(&self) -> usize {
         self.labels.iter().filter(|&&label| label != IGNORE).count()
-    }
-}
-
-/// Training rows in a shuffled order that depends on seed and epoch only. A position is the number of rows drawn so far
-/// at one `seq`: it is all that a checkpoint keeps.
-#[derive(Clone, Debug)]
-pub struct Batches {
-    stream: TokenStream,
-    seed: u64,
-}
-
-impl Batches {
-    /// Batches over `stream`.
-    pub fn new(stream: TokenStream, seed: u64) -> Self {
-        Self { stream, seed }
-    }
-
-    /// The underlying stream.
-    pub fn stream(&self) -> &TokenStream {
-        &self.stream
-    }
-
-    /// Row at `position`, if the stream has a row of length `seq` at all.
-    pub fn row_at(&self, position: u64, seq: usize) -> Option<usize> {
-        let rows = self.stream.rows(seq) as u64;
-        let epoch = position.checked_div(rows)?;
-        Some(permute(position % rows, rows, self.seed, epoch) as usize)
-    }
-
-    /// The `batch` rows from `position` on and the position behind them. Batches run across the end of an epoch.
-    pub fn next(&self, position: u64, batch: usize, seq: usize) -> Result<(Batch, u64), TextError> {
-        let mut out = Batch::empty(batch, seq);
-        let end = position + batch as u64;
-        for at in position..end {
-            let too_short = || TextError::TooShort { tokens: self.stream.tokens.len(), seq };
-            self.stream.push_row(self.row_at(at, seq).ok_or_else(too_short)?, seq, &mut out);
-        }
-        Ok((out, end))
     }
 }
 
@@ -231,30 +249,5 @@ mod tests {
             }
             assert_eq!(seen, all, "seq {seq}");
         }
-    }
-
-    #[test]
-    fn batch_size_does_not_change_the_order() {
-        let batches = Batches::new(stream(), 11);
-        let take = |sizes: &[usize]| {
-            let (mut tokens, mut at) = (Vec::new(), 0);
-            for &size in sizes {
-                let (batch, next) = batches.next(at, size, 5).unwrap();
-                assert_eq!(batch.tokens.len(), size * 5);
-                tokens.extend(batch.tokens);
-                at = next;
-            }
-            (tokens, at)
-        };
-        let rows = batches.stream().rows(5);
-        assert_eq!(take(&[1; 24]), take(&[7, 7, 7, 3]));
-        assert!(24 > 2 * rows, "the batches run over the end of an epoch");
-        let mut epoch: Vec<usize> = (0..rows).map(|p| batches.row_at((rows + p) as u64, 5).unwrap()).collect();
-        epoch.sort_unstable();
-        assert_eq!(epoch, (0..rows).collect::<Vec<_>>());
-        let (resumed, _) = batches.next(20, 4, 5).unwrap();
-        assert_eq!(take(&[24]).0[100..], resumed.tokens[..]);
-        let error = batches.next(0, 1, 1000).unwrap_err().to_string();
-        assert!(error.contains("at least 1001"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! Vocabularies: bytes, o200k, and o200k restricted to the tokens that occur in given data.
+//! Vocabularies: bytes, o200k, o200k restricted to the tokens that occur in given data, and byte pairs of one's own.
 //!
 //! Ids are dense, every vocabulary can encode every text, and control tokens are never produced from text.
 
@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::str::Utf8Error;
 use std::sync::Arc;
 
+use super::bpe::Bpe;
 use super::{TextError, o200k};
 
 /// First line of a saved vocabulary; the number is the format.
 const MAGIC: &str = "chimera-vocab 1";
-/// No vocabulary over o200k needs more bytes than this when saved.
+/// No vocabulary needs more bytes than this when saved.
 const MAX_FILE: u64 = 4 << 20;
 
 /// A mapping between text and ids `0..size()`. Cheap to clone.
@@ -28,6 +29,8 @@ enum Kind {
     O200k,
     /// Dense id -> o200k id, ascending. Holds the 256 single-byte tokens and the end of text, which comes last.
     Restricted(Arc<[u32]>),
+    /// Id = byte, then the merges in their order; the last id ends a document.
+    Bpe(Arc<Bpe>),
 }
 
 impl Vocab {
@@ -56,13 +59,49 @@ impl Vocab {
         Self(Kind::Restricted(text.chain([o200k::END_OF_TEXT]).collect()))
     }
 
-    /// `bytes`, `o200k` or `o200k:restricted`.
+    /// A vocabulary of one's own.
+    pub(super) fn bpe(bpe: Bpe) -> Self {
+        Self(Kind::Bpe(Arc::new(bpe)))
+    }
+
+    /// `bytes`, `o200k`, `o200k:restricted` or `bpe`.
     pub fn name(&self) -> &'static str {
         match self.0 {
             Kind::Bytes => "bytes",
             Kind::O200k => "o200k",
             Kind::Restricted(_) => "o200k:restricted",
+            Kind::Bpe(_) => "bpe",
         }
+    }
+
+    /// Whether only UTF-8 can be encoded, in pieces that no token spans.
+    pub(super) fn is_text(&self) -> bool {
+        self.0 != Kind::Bytes
+    }
+
+    /// What a loss over this vocabulary means, where that is not plain.
+    pub fn meaning(&self) -> Option<String> {
+        let Kind::Restricted(ids) = &self.0 else { return None };
+        let (n, full) = (ids.len(), o200k::SIZE);
+        Some(format!(
+            "vocabulary o200k:restricted: the softmax runs over {n} of the {full} ids of o200k, those that occur in the data (held-out text \
+             included), the 256 single bytes and the end of a document; the loss is exact for this model and its nats/token are not those \
+             of a softmax over all ids, which could only be greater; text with other tokens is spelled in bytes; bits/byte may be compared \
+             between vocabularies"
+        ))
+    }
+
+    /// The o200k ids of a restricted vocabulary, by id.
+    pub(super) fn restriction(&self) -> Option<&Arc<[u32]>> {
+        match &self.0 {
+            Kind::Restricted(ids) => Some(ids),
+            _ => None,
+        }
+    }
+
+    /// Checksum of [`Vocab::to_text`].
+    pub fn checksum(&self) -> u32 {
+        crc32c::crc32c(self.to_text().as_bytes())
     }
 
     /// Number of ids, unassigned ones included: the rows of the embedding.
@@ -71,6 +110,7 @@ impl Vocab {
             Kind::Bytes => 257,
             Kind::O200k => o200k::SIZE as usize,
             Kind::Restricted(ids) => ids.len(),
+            Kind::Bpe(bpe) => bpe.size(),
         }
     }
 
@@ -80,6 +120,7 @@ impl Vocab {
             Kind::Bytes => 256,
             Kind::O200k => o200k::END_OF_TEXT,
             Kind::Restricted(ids) => (ids.len() - 1) as u32,
+            Kind::Bpe(bpe) => (bpe.size() - 1) as u32,
         }
     }
 
@@ -106,19 +147,16 @@ impl Vocab {
             Kind::Bytes => text.bytes().map(u32::from).collect(),
             Kind::O200k => o200k::encode(text),
             Kind::Restricted(_) => self.narrow(&o200k::encode(text)),
+            Kind::Bpe(bpe) => bpe.encode(text),
         }
     }
 
     /// Ids of raw bytes. Fails where a text vocabulary meets bytes that are not UTF-8; `bytes` takes anything.
-    /// `progress` gets the number of bytes done.
-    pub fn encode_bytes(&self, bytes: &[u8], progress: &mut dyn FnMut(usize)) -> Result<Vec<u32>, Utf8Error> {
-        let ids = match &self.0 {
+    pub fn encode_bytes(&self, bytes: &[u8]) -> Result<Vec<u32>, Utf8Error> {
+        Ok(match &self.0 {
             Kind::Bytes => bytes.iter().map(|&b| u32::from(b)).collect(),
-            Kind::O200k => o200k::encode_long(std::str::from_utf8(bytes)?, progress),
-            Kind::Restricted(_) => self.narrow(&o200k::encode_long(std::str::from_utf8(bytes)?, progress)),
-        };
-        progress(bytes.len());
-        Ok(ids)
+            _ => self.encode(std::str::from_utf8(bytes)?),
+        })
     }
 
     /// o200k ids to ids of this vocabulary; a token that a restricted vocabulary lacks becomes its bytes.
@@ -148,6 +186,7 @@ impl Vocab {
             Kind::Bytes => usize::from(id < 256),
             Kind::O200k => o200k::bytes_of(id).len(),
             Kind::Restricted(ids) => ids.get(id as usize).map_or(0, |&full| o200k::bytes_of(full).len()),
+            Kind::Bpe(bpe) => bpe.bytes_of(id).len(),
         }
     }
 
@@ -160,25 +199,34 @@ impl Vocab {
                     out.extend_from_slice(o200k::bytes_of(full));
                 }
             }
+            Kind::Bpe(bpe) => out.extend_from_slice(bpe.bytes_of(id)),
         }
     }
 
     /// The canonical text form: for metadata of a model and for vocabulary files. A restricted vocabulary lists its
-    /// o200k ids as ascending ranges, one a line, under their number and checksum.
+    /// o200k ids as ascending ranges, byte pairs their two ids, one a line, under the number of ids and a checksum.
     pub fn to_text(&self) -> String {
         let mut text = format!("{MAGIC}\nkind {}\n", self.name());
-        if let Kind::Restricted(ids) = &self.0 {
-            let mut ranges = String::new();
-            for run in ids.chunk_by(|a, b| a + 1 == *b) {
-                let written = match run {
-                    [id] => writeln!(ranges, "{id}"),
-                    _ => writeln!(ranges, "{}-{}", run[0], run[run.len() - 1]),
-                };
-                written.expect("writing to a string succeeds");
+        let mut list = String::new();
+        match &self.0 {
+            Kind::Bytes | Kind::O200k => return text,
+            Kind::Restricted(ids) => {
+                for run in ids.chunk_by(|a, b| a + 1 == *b) {
+                    let written = match run {
+                        [id] => writeln!(list, "{id}"),
+                        _ => writeln!(list, "{}-{}", run[0], run[run.len() - 1]),
+                    };
+                    written.expect("writing to a string succeeds");
+                }
             }
-            let sum = crc32c::crc32c(ranges.as_bytes());
-            write!(text, "tokens {}\ncrc32c {sum:08x}\n{ranges}", ids.len()).expect("writing to a string succeeds");
+            Kind::Bpe(bpe) => {
+                for (a, b) in bpe.merges() {
+                    writeln!(list, "{a} {b}").expect("writing to a string succeeds");
+                }
+            }
         }
+        let sum = crc32c::crc32c(list.as_bytes());
+        write!(text, "tokens {}\ncrc32c {sum:08x}\n{list}", self.size()).expect("writing to a string succeeds");
         text
     }
 
@@ -235,7 +283,7 @@ fn parse(text: &str) -> Result<Vocab, (usize, String)> {
     let vocab = match kind {
         "bytes" => Vocab::bytes(),
         "o200k" => Vocab::o200k(),
-        "o200k:restricted" => {
+        "o200k:restricted" | "bpe" => {
             let (count, count_line) = field("tokens")?;
             let (sum, sum_line) = field("crc32c")?;
             let start = text.match_indices('\n').nth(3).map_or(text.len(), |(at, _)| at + 1);
@@ -243,15 +291,18 @@ fn parse(text: &str) -> Result<Vocab, (usize, String)> {
             if sum != actual {
                 return Err((sum_line, format!("found crc32c {:?}, the list of ids has {actual}", shorten(sum))));
             }
-            let ids = parse_ranges(&mut lines)?;
-            if count.parse() != Ok(ids.len()) {
-                return Err((count_line, format!("found {:?} tokens, the list has {}", shorten(count), ids.len())));
+            let vocab = match kind {
+                "bpe" => Vocab::bpe(parse_merges(&mut lines)?),
+                _ => Vocab(Kind::Restricted(parse_ranges(&mut lines)?.into())),
+            };
+            if count.parse() != Ok(vocab.size()) {
+                return Err((count_line, format!("found {:?} tokens, the list has {}", shorten(count), vocab.size())));
             }
-            Vocab(Kind::Restricted(ids.into()))
+            vocab
         }
         other => {
             let found = shorten(other);
-            return Err((line, format!("found kind {found:?}, expected bytes, o200k or o200k:restricted")));
+            return Err((line, format!("found kind {found:?}, expected bytes, o200k, o200k:restricted or bpe")));
         }
     };
     match lines.next() {
@@ -287,6 +338,18 @@ fn parse_ranges<'a>(lines: &mut impl Iterator<Item = (&'a str, usize)>) -> Resul
         Some(id) => Err((last_line, format!("id {id} is missing, expected all 256 single-byte tokens"))),
         None => Ok(ids),
     }
+}
+
+fn parse_merges<'a>(lines: &mut impl Iterator<Item = (&'a str, usize)>) -> Result<Bpe, (usize, String)> {
+    let (mut merges, mut last_line) = (Vec::new(), 4);
+    for (text, line) in lines {
+        let pair = text.split_once(' ').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+        merges.push(pair.ok_or_else(|| (line, format!("found {:?}, expected two ids such as 97 98", shorten(text))))?);
+        last_line = line;
+    }
+    // Merges stand in consecutive lines.
+    let first = last_line + 1 - merges.len();
+    Bpe::new(merges).map_err(|(index, what)| (first + index, what))
 }
 
 /// The start of foreign text, for a message.

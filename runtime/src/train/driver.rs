@@ -30,7 +30,7 @@ const MAX_RETURNS: u32 = 6;
 pub struct Progress {
     /// Steps done.
     pub step: u64,
-    /// Rows of data used.
+    /// Tokens of data used.
     pub position: u64,
     /// Moving average of the loss.
     pub ema: Option<f64>,
@@ -218,7 +218,7 @@ impl Run<'_> {
         let before = self.progress;
         let over = options.budget.over(&before, options.schedule.warmup);
         let lr = options.schedule.at(before.step, over) * CAUTION.powi(before.rollbacks as i32);
-        let (batch, position) = self.batches.next(before.position, rows, tokens)?;
+        let (batch, position) = self.batches.next(before.position, rows, tokens);
         let (probed, ema) = match self.trainer.probe(&batch, before.step) {
             Ok(probed) => {
                 let ema = moving_average(before.ema, probed.loss);

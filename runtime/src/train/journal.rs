@@ -69,7 +69,7 @@ pub struct StepRecord {
     pub step: u64,
     /// Times that the run went back to a checkpoint before.
     pub rollbacks: u32,
-    /// Rows of data used, those of this step included.
+    /// Tokens of data used, those of this step included.
     pub position: u64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -90,7 +90,7 @@ pub struct Rollback {
     pub at: u64,
     /// Steps behind which the checkpoint is.
     pub to: u64,
-    /// Rows of data used: those of the failed step are not used again.
+    /// Tokens of data used: those of the failed step are not used again.
     pub position: u64,
     /// Times that the run went back, this one included.
     pub rollbacks: u32,

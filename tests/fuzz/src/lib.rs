@@ -11,14 +11,15 @@ use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::files::b158::{self, B158};
 use chimera_runtime::files::npy;
 use chimera_runtime::files::safetensors::SafeTensors;
-use chimera_runtime::text::Vocab;
+use chimera_runtime::text::{Tokens, Vocab, jsonl as records, zstd as packed};
 use chimera_runtime::train::journal::{self, Item, Record};
+use std::io::Read;
 
 /// A fuzz target.
 pub type Target = fn(&[u8]);
 
 /// All targets by name; the corpus of each is the folder of that name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("config", config),
     ("plan", plan),
     ("b158", b158),
@@ -26,6 +27,9 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("npy", npy),
     ("vocab", vocab),
     ("journal", journal),
+    ("tokens", tokens),
+    ("jsonl", jsonl),
+    ("zstd", zstd),
 ];
 
 /// Errors are sentences.
@@ -265,6 +269,74 @@ pub fn npy(data: &[u8]) {
             let _ = tensor.to_i64();
         }
         Err(e) => sentence(&e),
+    }
+}
+
+/// A token cache: what is accepted can be read to the last id of the last document.
+pub fn tokens(data: &[u8]) {
+    tokens_once(data.to_vec());
+    tokens_once(repaired_tokens(data));
+}
+
+fn tokens_once(data: Vec<u8>) {
+    match Tokens::from_bytes(data) {
+        Ok(tokens) => {
+            let documents = (0..tokens.documents()).map(|i| tokens.ids(tokens.document(i).ids).count());
+            assert_eq!(documents.sum::<usize>(), tokens.len());
+            let used = tokens.used();
+            assert!(tokens.ids(0..tokens.len()).all(|id| used[id as usize]), "every id is counted");
+            let _ = tokens.checksum();
+        }
+        Err(e) => sentence(&e),
+    }
+}
+
+/// The same ids, documents and origin behind sizes and checksums that agree with them.
+fn repaired_tokens(data: &[u8]) -> Vec<u8> {
+    const HEAD: usize = 16;
+    const TAIL: usize = 32;
+    let mut out = data.to_vec();
+    let Some(tail) = out.len().checked_sub(TAIL).filter(|&at| at >= HEAD) else { return out };
+    out[..12].copy_from_slice(b"CHIMTOKS\x01\0\0\0");
+    let width = if out[12].is_multiple_of(4) { 4 } else { 2 };
+    out[12..16].copy_from_slice(&[width, 0, 0, 0]);
+    let parts = || {
+        let (documents, json) = (number::<8>(&out, tail + 8)?, number::<4>(&out, tail + 16)?);
+        let origin = tail.checked_sub(json)?;
+        let table = origin.checked_sub(documents.checked_mul(16)?).filter(|&at| at >= HEAD)?;
+        Some(((table - HEAD) / usize::from(width), table))
+    };
+    let Some((ids, table)) = parts() else { return out };
+    let end = HEAD + ids * usize::from(width);
+    let sums = [crc32c::crc32c(&out[HEAD..end]), crc32c::crc32c(&out[table..tail])];
+    out[tail..tail + 8].copy_from_slice(&(ids as u64).to_le_bytes());
+    out[tail + 20..tail + 24].copy_from_slice(&sums[0].to_le_bytes());
+    out[tail + 24..tail + 28].copy_from_slice(&sums[1].to_le_bytes());
+    let last = crc32c::crc32c(&out[tail..tail + 28]);
+    out[tail + 28..].copy_from_slice(&last.to_le_bytes());
+    out
+}
+
+/// Lines of JSON: what is accepted is text, and does not depend on the white space around the line.
+pub fn jsonl(data: &[u8]) {
+    for line in data.split(|&b| b == b'\n') {
+        for field in [None, Some("text"), Some("a.b")] {
+            match records::record_text(line, field) {
+                Ok(text) => {
+                    let spaced = [b" ", line, b"\r"].concat();
+                    assert_eq!(records::record_text(&spaced, field), Ok(text));
+                }
+                Err(e) => sentence(&e),
+            }
+        }
+    }
+}
+
+/// Packed text: ends or says what is wrong.
+pub fn zstd(data: &[u8]) {
+    const MOST: u64 = 1 << 20;
+    if let Err(e) = std::io::copy(&mut packed::Zstd::new(data).take(MOST), &mut std::io::sink()) {
+        sentence(&e);
     }
 }
 

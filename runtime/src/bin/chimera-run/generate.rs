@@ -141,7 +141,7 @@ fn prompt(args: &Args, vocab: &Vocab) -> Result<Vec<u32>, Failure> {
                 false => fs::read(path).map(|b| bytes = b),
             };
             read.map_err(|e| Failure::new(format!("{shown}: cannot read the prompt: {e}")))?;
-            let encoded = vocab.encode_bytes(&bytes, &mut |_| ());
+            let encoded = vocab.encode_bytes(&bytes);
             encoded.map_err(|e| {
                 Failure::new(format!("{shown}: the prompt is not UTF-8, which vocabulary {} needs: {e}", vocab.name()))
             })?

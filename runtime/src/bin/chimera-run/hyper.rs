@@ -5,6 +5,7 @@
 use crate::options::Failure;
 use chimera_compiler::{Scheme, UpdateRule};
 use chimera_ir::ops::Distribution;
+use chimera_runtime::text::DataSpec;
 use chimera_runtime::train::Decay;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -104,7 +105,7 @@ pub struct HyperArgs {
     /// Seed of weights, directions and the order of the data [default: 0]
     #[arg(short, long, env = "CHIMERA_SEED")]
     pub seed: Option<u64>,
-    /// Share of every file that is held out [default: 0.05]
+    /// Share of the data that is held out: whole documents, or the end of a file that is one [default: 0.05]
     #[arg(long, env = "CHIMERA_VAL_FRACTION", value_parser = share)]
     pub val_fraction: Option<f64>,
 }
@@ -152,8 +153,12 @@ pub struct Hyper {
     pub steps: Option<u64>,
     /// Seconds in all, if that is what ends the run.
     pub seconds: Option<f64>,
-    /// Data files.
-    pub data: Vec<PathBuf>,
+    /// Data files and folders.
+    pub data: Vec<DataSpec>,
+    /// Field of the records in them.
+    pub field: Option<String>,
+    /// Whether zero bytes are data.
+    pub binary: bool,
     /// The plan that the run was started with, if it was not compiled for the run.
     pub plan: Option<PathBuf>,
 }
@@ -190,6 +195,8 @@ impl HyperArgs {
             steps: None,
             seconds: None,
             data: vec![],
+            field: None,
+            binary: false,
             plan: None,
         }
     }

@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "modules of a binary")]
 
 mod call;
+mod data;
 mod generate;
 mod hyper;
 mod model;
@@ -15,6 +16,7 @@ mod quickstart;
 mod replay;
 mod report;
 mod session;
+mod tokenizer;
 mod trace;
 mod train;
 mod vocab;
@@ -54,6 +56,8 @@ enum Command {
     Pack(Box<pack::Args>),
     /// Count and save the vocabulary o200k:restricted of text files
     Vocab(vocab::Args),
+    /// Make a vocabulary of one's own from text files
+    Tokenizer(tokenizer::Args),
     /// Train a small model on the embedded corpus and let it write
     Quickstart(Box<quickstart::Args>),
 }
@@ -70,6 +74,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Call(args) => call::run(*args),
         Command::Pack(args) => pack::run(*args),
         Command::Vocab(args) => vocab::run(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Quickstart(args) => quickstart::run(*args),
     }
 }

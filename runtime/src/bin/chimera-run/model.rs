@@ -130,7 +130,13 @@ impl Model {
             }
             (Some(VocabSpec::Bytes), _) => Vocab::bytes(),
             (Some(VocabSpec::O200k), _) => Vocab::o200k(),
-            (Some(VocabSpec::File(path)), _) => Vocab::load(path)?,
+            (Some(VocabSpec::File(path)), saved) => {
+                let vocab = Vocab::load(path)?;
+                if saved.is_some_and(|saved| saved != vocab) {
+                    return Err(other_vocab(path, &vocab));
+                }
+                vocab
+            }
         };
         self.check(&vocab)?;
         Ok(vocab)
@@ -211,6 +217,16 @@ impl From<CompileError> for Failure {
             _ => Failure::new(e.to_string()),
         }
     }
+}
+
+/// A saved vocabulary that is not the one of the weights.
+pub fn other_vocab(path: &Path, vocab: &Vocab) -> Failure {
+    Failure::config(format!(
+        "{}: this vocabulary ({}, {} ids) is not the one that the weights were made with; leave --vocab out",
+        path.display(),
+        vocab.name(),
+        vocab.size()
+    ))
 }
 
 /// Scale and `--set` change configurations only.

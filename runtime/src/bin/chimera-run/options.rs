@@ -111,8 +111,8 @@ impl From<TextError> for Failure {
     fn from(e: TextError) -> Failure {
         let code = match &e {
             TextError::Io { error, .. } if is_full(error) => 4,
-            TextError::BadVocab { .. } => 5,
-            TextError::NoFiles | TextError::BadFraction(_) => 2,
+            TextError::BadVocab { .. } | TextError::BadCache { .. } | TextError::Damaged { .. } => 5,
+            TextError::NoFiles | TextError::BadFraction(_) | TextError::BadSize { .. } => 2,
             _ => 1,
         };
         Failure { code, message: e.to_string() }
@@ -158,7 +158,7 @@ pub struct ModelOptions {
     /// Override of one configuration key; may be given several times
     #[arg(long = "set", env = "CHIMERA_SET", value_name = "KEY.PATH=VALUE", value_delimiter = ';')]
     pub sets: Vec<String>,
-    /// Vocabulary: bytes (257 ids), o200k (200073 ids), o200k restricted to the ids in the data (to N of them), or a saved vocabulary
+    /// Vocabulary: bytes (257 ids), o200k (200073 ids), o200k restricted to the ids in the data (to N of them), or a saved vocabulary (`chimera-run tokenizer train` makes one of its own)
     #[arg(long, env = "CHIMERA_VOCAB", value_name = "bytes|o200k|o200k:restricted[=N]|FILE")]
     pub vocab: Option<Vocabulary>,
 }
@@ -256,11 +256,11 @@ fn parse_code_cache(text: &str) -> Result<CodeCache, String> {
     }
 }
 
-/// The folder of the user for machine code, where the system says what is the user's.
-fn user_cache() -> Option<PathBuf> {
+/// The folder of the user for what can be made again, where the system says what is the user's.
+pub fn user_cache() -> Option<PathBuf> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let caches = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
-    Some(caches?.join("chimera").join("code"))
+    Some(caches?.join("chimera"))
 }
 
 fn parse_emitters(names: &str) -> Result<Allowed, String> {
@@ -301,7 +301,7 @@ impl RunOptions {
             target: self.target,
             max_bytes: self.max_memory.map_or(u64::MAX, |mb| mb.saturating_mul(1 << 20)),
             code_cache: match &self.code_cache {
-                None => user_cache(),
+                None => user_cache().map(|folder| folder.join("code")),
                 Some(CodeCache::Off) => None,
                 Some(CodeCache::Folder(folder)) => Some(folder.clone()),
             },

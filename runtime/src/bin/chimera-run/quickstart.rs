@@ -11,7 +11,9 @@ use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, ModelConfig, Overrides, Scale};
 use chimera_runtime::exec::Executable;
 use chimera_runtime::generate::{Generator, Settings};
-use chimera_runtime::text::{self, Batches, LossTally, Sampling, Source, StreamDecoder, TokenStream, Vocab, corpus};
+use chimera_runtime::text::{
+    self, Batches, LossTally, Sampling, StreamDecoder, TokenSource, TokenStream, Vocab, corpus,
+};
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::weights::WeightFile;
@@ -68,13 +70,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let model = config::preset(Scale::Pico, &overrides)?.model;
     let (batches, validation) = data(&vocab, &hyper)?;
     let reporter = Reporter::new(None, false, false);
-    let entropy = text::unigram_bits_per_byte(&vocab, batches.stream().tokens()).unwrap_or(f64::NAN);
+    let entropy = text::unigram_bits_per_byte(&vocab, batches.tokens()).unwrap_or(f64::NAN);
     let mut exec = Executable::new(training_plan(&model, &hyper, vec![], &args.exec)?, &args.exec.exec())?;
     init::initialise(&mut exec, hyper.seed)?;
     reporter.say(&format!(
         "a byte-level model of {} parameters, trained on {} KB of this project's own text for {} s by comparing losses, without back-propagation",
         config::parameter_count(&model),
-        batches.stream().tokens().len() / 1000,
+        batches.len() / 1000,
         args.seconds,
     ));
     reporter.say(&format!("the text has a unigram entropy of {entropy:.3} bits/byte; a uniform guess needs 8.0"));
@@ -168,12 +170,9 @@ fn free_folder(asked: Option<&Path>) -> Result<PathBuf, Failure> {
 
 /// The embedded corpus, its documents in one source so that some of them are held out whole.
 fn data(vocab: &Vocab, hyper: &Hyper) -> Result<(Batches, TokenStream), Failure> {
-    let documents = corpus::documents().into_iter().map(|d| d.as_bytes().to_vec()).collect();
-    let source = Source { name: "the embedded corpus".into(), documents };
-    let tokens = text::tokenise(vocab, &[source], &mut |_, _| {})?;
-    let split = text::split(tokens, hyper.val_fraction)?;
-    let stream = |documents: &[Vec<u32>]| TokenStream::new(documents, vocab.end_of_document());
-    Ok((Batches::new(stream(&split.train), hyper.seed), stream(&split.validation)))
+    let source = TokenSource::of_documents("the embedded corpus", vocab, &corpus::documents())?;
+    let split = text::split(&[source], hyper.val_fraction, vocab.end_of_document())?;
+    Ok((Batches::mixed(split.train, hyper.seq_len as usize, hyper.seed)?, split.validation))
 }
 
 fn reached(before: &LossTally, after: &LossTally, entropy: f64, progress: &Progress, forwards: u64) -> String {

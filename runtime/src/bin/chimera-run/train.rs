@@ -3,8 +3,9 @@
 //! Invariant: the same options, data and seed give the same checkpoint, however often the run was interrupted and resumed, unless
 //! seconds bound it.
 
+use crate::data::{DataArgs, Encoding};
 use crate::hyper::{Hyper, HyperArgs};
-use crate::model::{Model, Source, spec_of_size};
+use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::session::{Interrupt, depths, training_entries, training_plan};
 use crate::watch::{Records, Reporter, WatchArgs, time};
@@ -12,7 +13,7 @@ use crate::weights;
 use chimera_compiler::EntrySpec;
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
-use chimera_runtime::text::{self, Batches, Split, TextError, TokenSource, TokenStream, Vocab, VocabSpec};
+use chimera_runtime::text::{self, Batches, Cache, Reading, Split, TokenSource, TokenStream, Vocab, VocabSpec};
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::standing::Standing;
@@ -28,19 +29,21 @@ use std::path::{Path, PathBuf};
 /// Steps of a run that nothing else bounds.
 const DEFAULT_STEPS: u64 = 1000;
 
-/// Options of `train`.
-#[derive(clap::Args, Clone, Debug)]
-#[command(after_help = "Examples:
+const EXAMPLES: &str = "Examples:
   chimera-run train examples/configs/nano.json --vocab bytes --data my.txt --steps 500 --out runs/first
+  chimera-run train examples/configs/nano.json --vocab o200k:restricted --data corpus/ chats.jsonl.zst=2
   chimera-run train --resume runs/first
   chimera-run train --resume runs/first/step-00000200.b158 --out runs/branch
-  chimera-run train --scale pico --data my.txt --out runs/second --sample-every 100 --tensorboard")]
+  chimera-run train --scale pico --data my.txt --out runs/second --sample-every 100 --tensorboard";
+
+/// Options of `train`.
+#[derive(clap::Args, Clone, Debug)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     pub model: ModelOptions,
-    /// Text files; each one is a document
-    #[arg(long, num_args = 1.., value_name = "FILE", env = "CHIMERA_DATA", value_delimiter = ';')]
-    pub data: Vec<PathBuf>,
+    #[command(flatten)]
+    pub data: DataArgs,
     /// Steps in all [default: 1000]
     #[arg(long, env = "CHIMERA_STEPS")]
     pub steps: Option<u64>,
@@ -94,21 +97,19 @@ pub fn run(args: Args) -> Result<(), Failure> {
         None => args.hyper.fresh(),
     };
     set_budget(&mut hyper, &args, saved.is_some());
-    if !args.data.is_empty() {
-        hyper.data = args.data.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
-    }
+    args.data.overlay(&mut hyper);
     let model_options = match &saved {
         Some(standing) if args.model.path().is_none() => model_of(standing, &hyper, &args.model),
         _ => args.model.clone(),
     };
     let reporter = Reporter::new(None, args.json, args.quiet);
-    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, saved.as_ref().map(|s| &s.meta))?;
+    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, &args, saved.as_ref().map(|s| &s.meta))?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
     refuse_packed(&model)?;
     let plan = plan_of(&model, &mut hyper, &args)?;
     let fingerprint = fingerprint(&tokens);
-    let split = text::split(tokens, hyper.val_fraction)?;
-    let (batches, validation) = streams(split, &vocab, &hyper)?;
+    let Split { train, validation } = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
+    let batches = Batches::mixed(train, hyper.seq_len as usize, hyper.seed)?;
     if let Some(standing) = &saved {
         same_run(standing, &plan, &fingerprint)?;
     }
@@ -297,13 +298,12 @@ fn set_budget(hyper: &mut Hyper, args: &Args, resumed: bool) {
 fn model_and_tokens(
     options: &ModelOptions,
     hyper: &Hyper,
+    args: &Args,
     saved: Option<&Meta>,
 ) -> Result<(Model, Vocab, Vec<TokenSource>), Failure> {
     let mut model = Model::open(options, None)?;
-    let sources = text::read_files(&hyper.data)?;
-    if sources.iter().all(|s| s.documents.iter().all(Vec::is_empty)) {
-        return Err(TextError::NoFiles.into());
-    }
+    let reading = Reading { field: hyper.field.clone(), binary: hyper.binary };
+    let (cache, encoding): (Cache, Encoding) = (args.data.cache(), Encoding::new(args.quiet));
     let named = options.vocab()?;
     let fixed = match (&model.source, saved) {
         (_, Some(meta)) => Some(Vocab::from_text(&meta.vocab)?),
@@ -311,15 +311,25 @@ fn model_and_tokens(
         _ => None,
     };
     if let Some(vocab) = fixed {
-        if named.is_some_and(|spec| !matches!(spec, VocabSpec::File(_)) && name_of(&spec) != vocab.name()) {
-            return Err(Failure::config(format!(
-                "the weights were made with the vocabulary {}; leave --vocab out",
-                vocab.name()
-            )));
+        match &named {
+            Some(VocabSpec::File(path)) => {
+                let other = Vocab::load(path)?;
+                if other != vocab {
+                    return Err(other_vocab(path, &other));
+                }
+            }
+            Some(spec) if name_of(spec) != vocab.name() => {
+                return Err(Failure::config(format!(
+                    "the weights were made with the vocabulary {}; leave --vocab out",
+                    vocab.name()
+                )));
+            }
+            _ => {}
         }
         options.check_vocab(&vocab)?;
         model.check(&vocab)?;
-        let tokens = text::tokenise(&vocab, &sources, &mut |_, _| {})?;
+        let tokens = text::tokenise(&vocab, &hyper.data, &reading, &cache, &mut encoding.hear())?;
+        encoding.finish(&vocab, &tokens);
         return Ok((model, vocab, tokens));
     }
     let spec = match named {
@@ -332,7 +342,8 @@ fn model_and_tokens(
             ))
         })?,
     };
-    let (vocab, tokens) = text::prepare(&spec, &sources, &mut |_, _| {})?;
+    let (vocab, tokens) = text::prepare(&spec, &hyper.data, &reading, &cache, &mut encoding.hear())?;
+    encoding.finish(&vocab, &tokens);
     options.check_vocab(&vocab)?;
     if vocab.size() != model.config.vocab_size {
         // A configuration takes the size of the vocabulary; a plan cannot.
@@ -387,26 +398,14 @@ fn plan_with(
     model.plan(entries, HashSet::new(), run)
 }
 
-/// What identifies data: number and checksum of all tokens.
+/// What identifies data: number and checksum of all tokens, and how often they are drawn.
 fn fingerprint(tokens: &[TokenSource]) -> String {
-    let (mut count, mut sum) = (0u64, 0);
-    for document in tokens.iter().flat_map(|s| &s.documents) {
-        count += document.len() as u64;
-        sum = document
-            .iter()
-            .fold(crc32c::crc32c_append(sum, b"document"), |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
-    }
+    let count: usize = tokens.iter().map(|s| s.tokens.len()).sum();
+    let sum = tokens.iter().fold(0, |sum, source| {
+        let sum = crc32c::crc32c_append(sum, &source.tokens.checksum().to_le_bytes());
+        crc32c::crc32c_append(sum, &source.weight.to_le_bytes())
+    });
     format!("{count} tokens, crc32c {sum:08x}")
-}
-
-fn streams(split: Split, vocab: &Vocab, hyper: &Hyper) -> Result<(Batches, TokenStream), Failure> {
-    let train = TokenStream::new(&split.train, vocab.end_of_document());
-    let seq = hyper.seq_len as usize;
-    if train.rows(seq) == 0 {
-        return Err(TextError::TooShort { tokens: train.tokens().len(), seq }.into());
-    }
-    let validation = TokenStream::new(&split.validation, vocab.end_of_document());
-    Ok((Batches::new(train, hyper.seed), validation))
 }
 
 fn introduction(
@@ -418,15 +417,14 @@ fn introduction(
     hyper: &Hyper,
 ) -> String {
     let parameters = chimera_frontends::config::parameter_count(&model.config);
-    let tokens = batches.stream().tokens();
-    let unigram = text::unigram_bits_per_byte(vocab, tokens)
+    let unigram = text::unigram_bits_per_byte(vocab, batches.tokens())
         .map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
     format!(
         "{parameters} parameters, vocabulary {} ({}); {} training and {} held-out tokens{unigram}; batch {} x {}, {} threads, {} MB",
         vocab.name(),
         vocab.size(),
-        tokens.len(),
-        validation.tokens().len(),
+        batches.len(),
+        validation.len(),
         hyper.batch,
         hyper.seq_len,
         trainer.exec().threads(),

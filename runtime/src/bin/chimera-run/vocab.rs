@@ -2,6 +2,7 @@
 //!
 //! Stdout carries its number of ids and nothing else.
 
+use crate::data::{DataArgs, Encoding};
 use crate::options::Failure;
 use chimera_runtime::text::{self, VocabSpec};
 use std::io::Write;
@@ -9,10 +10,11 @@ use std::path::PathBuf;
 
 /// Options of `vocab`.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "Example:\n  chimera-run vocab --data corpus/ chats.jsonl.zst -o small.vocab\n  \
+    chimera-run train nano.json --vocab small.vocab --data corpus/ chats.jsonl.zst")]
 pub struct Args {
-    /// Text files whose ids of o200k make the vocabulary
-    #[arg(long, num_args = 1.., required = true, value_name = "FILE", env = "CHIMERA_DATA", value_delimiter = ';')]
-    data: Vec<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
     /// Write the vocabulary into this file, for --vocab
     #[arg(short, long, env = "CHIMERA_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
@@ -23,8 +25,11 @@ pub struct Args {
 /// # Errors
 /// Data that cannot be read or are not UTF-8, or a file that cannot be written.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let sources = text::read_files(&args.data)?;
-    let (vocab, _) = text::prepare(&VocabSpec::Restricted, &sources, &mut |_, _| {})?;
+    let (data, cache) = (&args.data.data, args.data.cache());
+    let encoding = Encoding::new(false);
+    let (vocab, sources) =
+        text::prepare(&VocabSpec::Restricted, data, &args.data.reading(), &cache, &mut encoding.hear())?;
+    encoding.finish(&vocab, &sources);
     if let Some(path) = &args.output {
         vocab.save(path)?;
     }

@@ -1,0 +1,198 @@
+//! The order in which training sees the data.
+//!
+//! A position is the number of tokens drawn so far. What stands at it depends on the data, the seed and the length of a block only: not on
+//! the size of batches, nor on where a run was interrupted.
+
+use super::TextError;
+use super::order::permute;
+use super::pack::{Batch, TokenStream};
+
+/// Streams that are drawn from in the ratio of their weights and sizes, each in blocks that are shuffled anew for every pass over it.
+#[derive(Clone, Debug)]
+pub struct Batches {
+    /// Stream, number of blocks, and the share of blocks that come from it or from those behind it that come from it: of 2^64.
+    streams: Vec<(TokenStream, u64, u64)>,
+    block: usize,
+    seed: u64,
+}
+
+impl Batches {
+    /// One stream, in blocks of `block >= 1` tokens.
+    ///
+    /// # Errors
+    /// A stream without a block.
+    pub fn new(stream: TokenStream, block: usize, seed: u64) -> Result<Self, TextError> {
+        Self::mixed(vec![(1.0, stream)], block, seed)
+    }
+
+    /// Several streams. Each one has weight times blocks in every sum of weight times blocks, spread evenly.
+    ///
+    /// # Errors
+    /// No stream, or one without a block.
+    pub fn mixed(streams: Vec<(f64, TokenStream)>, block: usize, seed: u64) -> Result<Self, TextError> {
+        if streams.is_empty() {
+            return Err(TextError::TooShort { tokens: 0, seq: block });
+        }
+        if let Some((_, short)) = streams.iter().find(|(_, stream)| stream.rows(block) == 0) {
+            return Err(TextError::TooShort { tokens: short.len(), seq: block });
+        }
+        let shares: Vec<f64> = streams.iter().map(|(weight, stream)| weight * stream.rows(block) as f64).collect();
+        let mixed = streams.into_iter().enumerate().map(|(i, (_, stream))| {
+            let rest: f64 = shares[i..].iter().sum();
+            let blocks = stream.rows(block) as u64;
+            // The conversion saturates at the greatest number.
+            (stream, blocks, (shares[i] / rest * 2f64.powi(64)) as u64)
+        });
+        Ok(Self { streams: mixed.collect(), block, seed })
+    }
+
+    /// All streams.
+    pub fn streams(&self) -> impl Iterator<Item = &TokenStream> {
+        self.streams.iter().map(|s| &s.0)
+    }
+
+    /// Tokens of all streams, end-of-document tokens included.
+    pub fn tokens(&self) -> impl Iterator<Item = u32> + '_ {
+        self.streams().flat_map(TokenStream::tokens)
+    }
+
+    /// Number of [`Batches::tokens`].
+    pub fn len(&self) -> usize {
+        self.streams().map(TokenStream::len).sum()
+    }
+
+    /// Whether there is no token; never.
+    pub fn is_empty(&self) -> bool {
+        self.streams.is_empty()
+    }
+
+    /// The stream and the block in it that are drawn as number `index`.
+    fn block_at(&self, index: u64) -> (usize, usize) {
+        // How many of the first n blocks that this stream or one behind it gives are its own.
+        let own = |n: u64, share: u64| ((u128::from(n) * u128::from(share)) >> 64) as u64;
+        let mut index = index;
+        for (number, &(_, blocks, share)) in self.streams.iter().enumerate() {
+            let before = own(index, share);
+            if number + 1 == self.streams.len() || own(index + 1, share) > before {
+                let drawn = if number + 1 == self.streams.len() { index } else { before };
+                let seed = self.seed.wrapping_add(number as u64);
+                return (number, permute(drawn % blocks, blocks, seed, drawn / blocks) as usize);
+            }
+            index -= before;
+        }
+        unreachable!("the last stream takes what the others leave")
+    }
+
+    /// `batch` rows of `seq` tokens from `position` on, and the position behind them. A row may hold several blocks, or part of one;
+    /// where it goes from one to another, a document ends.
+    pub fn next(&self, position: u64, batch: usize, seq: usize) -> (Batch, u64) {
+        let mut out = Batch::empty(batch, seq);
+        let mut at = position;
+        for row in 1..=batch {
+            let mut number = 0;
+            while out.tokens.len() < row * seq {
+                let (index, within) = (at / self.block as u64, (at % self.block as u64) as usize);
+                let (stream, block) = self.block_at(index);
+                let n = (self.block - within).min(row * seq - out.tokens.len());
+                let start = block * self.block + within;
+                self.streams[stream].0.push_range(start..start + n, Some(number), &mut out);
+                number = out.seg.last().map_or(0, |last| last.wrapping_add(1));
+                at += n as u64;
+            }
+        }
+        (out, at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pack::IGNORE;
+    use super::*;
+
+    fn stream() -> TokenStream {
+        let documents: Vec<Vec<u32>> = (0..9u32).map(|d| (d * 10..d * 10 + d).collect()).collect();
+        TokenStream::new(&documents, 999)
+    }
+
+    fn take(batches: &Batches, from: u64, shapes: &[(usize, usize)]) -> (Vec<i32>, Vec<i32>, u64) {
+        let (mut tokens, mut labels, mut at) = (Vec::new(), Vec::new(), from);
+        for &(batch, seq) in shapes {
+            let (drawn, next) = batches.next(at, batch, seq);
+            assert_eq!(
+                (drawn.tokens.len(), drawn.labels.len(), drawn.seg.len()),
+                (batch * seq, batch * seq, batch * seq)
+            );
+            assert_eq!(next, at + (batch * seq) as u64);
+            tokens.extend(drawn.tokens);
+            labels.extend(drawn.labels);
+            at = next;
+        }
+        (tokens, labels, at)
+    }
+
+    #[test]
+    fn neither_batch_size_nor_row_length_changes_the_order() {
+        let batches = Batches::new(stream(), 5, 11).unwrap();
+        let whole = take(&batches, 0, &[(24, 5)]);
+        assert_eq!(whole, take(&batches, 0, &[(1, 5); 24]));
+        assert_eq!(whole, take(&batches, 0, &[(7, 5), (7, 5), (7, 5), (3, 5)]));
+        assert_eq!(whole, take(&batches, 0, &[(2, 15), (9, 10)]));
+        assert_eq!(whole, take(&batches, 0, &[(8, 3), (16, 6)]));
+        let resumed = take(&batches, 100, &[(4, 5)]);
+        assert_eq!((&whole.0[100..], &whole.1[100..], whole.2), (&resumed.0[..], &resumed.1[..], resumed.2));
+        let blocks = stream().rows(5);
+        assert!(24 > 2 * blocks, "the batches run over the end of a pass");
+        for pass in 0..2 {
+            let mut seen: Vec<usize> = (0..blocks).map(|i| batches.block_at((pass * blocks + i) as u64).1).collect();
+            assert!(seen != (0..blocks).collect::<Vec<_>>());
+            seen.sort_unstable();
+            assert_eq!(seen, (0..blocks).collect::<Vec<_>>());
+        }
+        let error = Batches::new(stream(), 1000, 11).unwrap_err().to_string();
+        assert!(error.contains("at least 1001"), "{error}");
+        assert!(Batches::mixed(vec![], 4, 1).is_err());
+    }
+
+    #[test]
+    fn rows_reset_between_blocks_and_documents() {
+        let one = TokenStream::new(&[(0..63).collect()], 999);
+        let batches = Batches::new(one, 4, 3).unwrap();
+        let (drawn, _) = batches.next(2, 3, 8);
+        for row in 0..3 {
+            let part = row * 8..row * 8 + 8;
+            let (tokens, seg) = (&drawn.tokens[part.clone()], &drawn.seg[part.clone()]);
+            assert_eq!(seg, [0, 0, 1, 1, 1, 1, 2, 2], "two blocks and parts of one on each side");
+            for (t, label) in drawn.labels[part].iter().enumerate() {
+                assert_eq!(*label, tokens[t] + 1, "labels go on behind the end of a block");
+            }
+        }
+        // Within a block, segments change where documents do.
+        let batches = Batches::new(stream(), 9, 3).unwrap();
+        let (drawn, _) = batches.next(0, 5, 9);
+        for t in (0..45).filter(|t| t % 9 > 0) {
+            assert_eq!(drawn.seg[t] != drawn.seg[t - 1], drawn.labels[t - 1] == IGNORE, "position {t}");
+        }
+    }
+
+    #[test]
+    fn weights_decide_how_often() {
+        let of = |n: u32, id: u32| TokenStream::new(&[vec![id; n as usize]], 999);
+        // 10, 20 and 10 blocks with weights 1, 2 and 0.5: shares 10, 40 and 5.
+        let batches = Batches::mixed(vec![(1.0, of(40, 1)), (2.0, of(80, 2)), (0.5, of(40, 3))], 4, 5).unwrap();
+        let mut counts = [0; 4];
+        for index in 0..550 {
+            let (drawn, _) = batches.next(index * 4, 1, 4);
+            counts[drawn.tokens[0] as usize] += 1;
+            if (index + 1) % 55 == 0 {
+                let turns = (index as i64 + 1) / 55;
+                for (id, share) in [(1, 10), (2, 40), (3, 5)] {
+                    assert!((counts[id] - share * turns).abs() <= 1, "{counts:?} behind {index}");
+                }
+            }
+        }
+        let mut own: Vec<usize> =
+            (0..550).map(|i| batches.block_at(i)).filter(|b| b.0 == 0).take(10).map(|b| b.1).collect();
+        own.sort_unstable();
+        assert_eq!(own, (0..10).collect::<Vec<_>>(), "a pass over a stream has each of its blocks once");
+    }
+}
