@@ -249,24 +249,35 @@ impl Graph {
         }
     }
 
-    /// Append the gradient of `loss` (seeded by `seed`) with respect to every value.
-    pub fn grad(&mut self, loss: Value, seed: Value) -> Result<Vec<Option<Value>>, InferError> {
+    /// Append the gradient of `loss` (seeded by `seed`) with respect to every value that lies between it and one of `wanted`.
+    ///
+    /// Loops are constants: what is to be differentiated is unrolled before. An error names the part of the model.
+    pub fn grad(&mut self, loss: Value, seed: Value, wanted: &[Value]) -> Result<Vec<Option<Value>>, InferError> {
+        let mut reached = vec![false; self.values.len()];
+        wanted.iter().for_each(|v| reached[v.0 as usize] = true);
+        for node in &self.nodes {
+            if matches!(node.kind, Kind::Op(_)) && node.ins.iter().any(|v| reached[v.0 as usize]) {
+                node.outs.iter().for_each(|v| reached[v.0 as usize] = true);
+            }
+        }
         let mut grads: Vec<Option<Value>> = vec![None; self.values.len()];
         grads[loss.0 as usize] = Some(seed);
         for n in (0..=self.node_of(loss).0).rev() {
             let node = self.nodes[n as usize].clone();
             let outs: Vec<Option<Value>> = node.outs.iter().map(|v| grads[v.0 as usize]).collect();
-            if outs.iter().all(Option::is_none) {
+            let wanted: Vec<bool> = node.ins.iter().map(|v| reached[v.0 as usize]).collect();
+            let Kind::Op(op) = &node.kind else { continue };
+            if outs.iter().all(Option::is_none) || !wanted.contains(&true) {
                 continue;
             }
-            let partials = match &node.kind {
-                Kind::Op(op) => op.vjp(&mut VjpCx { graph: self, ins: &node.ins, outs: &node.outs, grads: &outs })?,
-                Kind::Repeat(_) => return Err(InferError::new("repeat", "not differentiable yet")),
-                _ => continue,
+            self.site = format!("{}.grad", node.site);
+            let mut cx = VjpCx { graph: self, ins: &node.ins, outs: &node.outs, grads: &outs, wanted: &wanted };
+            let at = |e: InferError| {
+                InferError::new(e.op, format!("{} (gradient of {} at {})", e.why, op.name(), node.site))
             };
-            for (input, partial) in node.ins.iter().zip(partials) {
+            for ((input, partial), wanted) in node.ins.iter().zip(op.vjp(&mut cx).map_err(at)?).zip(wanted) {
                 let slot = grads[input.0 as usize];
-                grads[input.0 as usize] = match (slot, partial) {
+                grads[input.0 as usize] = match (slot, partial.filter(|_| wanted)) {
                     (Some(a), Some(b)) => Some(self.op(Binary { f: BinaryFn::Add }, &[a, b])?),
                     (a, b) => a.or(b),
                 };

@@ -1,6 +1,6 @@
 //! Elementwise functions of two operands, the second one broadcast.
 
-use super::{Accuracy, Axis, Flops, InferError, OpDef, Unary, UnaryFn, VjpCx};
+use super::{Accuracy, Axis, Flops, InferError, OpDef, SumTo, Unary, UnaryFn, VjpCx};
 use crate::{DType, Tensor, Type, Value, loops::Expr, lower::Lower};
 
 /// Which function.
@@ -60,21 +60,42 @@ impl OpDef for Binary {
 
     fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
         let ([a, b], g) = ([cx.ins[0], cx.ins[1]], cx.grad());
-        if cx.graph.ty(a) != cx.graph.ty(b) {
-            return Err(InferError::new(Self::NAME, "not differentiable yet when the second operand is broadcast"));
-        }
-        let neg = |cx: &mut VjpCx<'_>, v| cx.op(Unary { f: UnaryFn::Neg }, &[v]);
         let op = |f| Binary { f };
-        Ok(match self.f {
-            BinaryFn::Add => vec![Some(g), Some(g)],
-            BinaryFn::Sub => vec![Some(g), Some(neg(cx, g)?)],
-            BinaryFn::Mul => vec![Some(cx.op(op(BinaryFn::Mul), &[g, b])?), Some(cx.op(op(BinaryFn::Mul), &[g, a])?)],
-            BinaryFn::Div => {
-                let da = cx.op(op(BinaryFn::Div), &[g, b])?;
-                let slope = cx.op(op(BinaryFn::Mul), &[da, cx.outs[0]])?;
-                vec![Some(da), Some(neg(cx, slope)?)]
+        let neg = |cx: &mut VjpCx<'_>, v| cx.op(Unary { f: UnaryFn::Neg }, &[v]);
+        // What a broadcast operand met is summed.
+        let dims = cx.graph.ty(b).dims.clone();
+        let same = cx.graph.ty(a) == cx.graph.ty(b);
+        let sum = |cx: &mut VjpCx<'_>, v| if same { Ok(v) } else { cx.op(SumTo { dims: dims.clone() }, &[v]) };
+        let (wants_a, wants_b) = (cx.wants(0), cx.wants(1));
+        let (mut da, mut db) = (None, None);
+        match self.f {
+            BinaryFn::Add | BinaryFn::Sub => {
+                da = Some(g);
+                if wants_b {
+                    let total = sum(cx, g)?;
+                    db = Some(if self.f == BinaryFn::Sub { neg(cx, total)? } else { total });
+                }
             }
-        })
+            BinaryFn::Mul => {
+                if wants_a {
+                    da = Some(cx.op(op(BinaryFn::Mul), &[g, b])?);
+                }
+                if wants_b {
+                    let each = cx.op(op(BinaryFn::Mul), &[g, a])?;
+                    db = Some(sum(cx, each)?);
+                }
+            }
+            BinaryFn::Div => {
+                let each = cx.op(op(BinaryFn::Div), &[g, b])?;
+                da = Some(each);
+                if wants_b {
+                    let slope = cx.op(op(BinaryFn::Mul), &[each, cx.outs[0]])?;
+                    let total = sum(cx, slope)?;
+                    db = Some(neg(cx, total)?);
+                }
+            }
+        }
+        Ok(vec![da, db])
     }
 
     fn flops(&self, _: &[Type], outs: &[Type]) -> Flops {

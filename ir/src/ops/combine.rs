@@ -2,9 +2,9 @@
 //!
 //! The order of the sum is the expert number, not the rank of the choice, so that it never depends on the scores.
 
-use super::{Axis, Flops, InferError, OpDef};
+use super::{Axis, CombineGrad, Flops, InferError, OpDef, VjpCx};
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Expr, Ty, f32c, i32c},
     lower::Lower,
 };
@@ -59,6 +59,12 @@ impl OpDef for Combine {
         }
         let dims = &ins[2].ty.dims;
         vec![Tensor::f32(&[dims[0], dims[1], d], out)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let ins: Vec<Value> = cx.ins.iter().copied().chain([cx.grad()]).collect();
+        let outs = cx.graph.ops(CombineGrad { k: self.k }, &ins)?;
+        Ok(vec![Some(outs[0]), None, None, Some(outs[1])])
     }
 
     fn flops(&self, _: &[Type], outs: &[Type]) -> Flops {

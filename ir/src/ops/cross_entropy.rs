@@ -1,13 +1,14 @@
 //! The loss of a tied head, without the logits of a batch in memory.
 
 use super::{
-    Accuracy, Axis, Flops, InferError, OpDef, check,
+    Accuracy, Axis, Binary, BinaryFn, CrossEntropyInput, CrossEntropyWeight, Flops, InferError, LabelLogit, OpDef,
+    TransposePanels, VjpCx, check,
     linear::check_panels,
     pack_panels::PANEL,
     row_tiles::{TILE, panel_product, row_tiles},
 };
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, Buf, Expr, Ty, f32c, i32c, int, math},
     lower::Lower,
 };
@@ -154,6 +155,25 @@ impl OpDef for CrossEntropy {
             (peak + sum.ln() - hit) as f32
         };
         vec![Tensor::f32(&ins[2].ty.dims, (0..rows).map(nll).collect())]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let [h, panels, labels] = cx.ins[..] else {
+            return Err(InferError::new(Self::NAME, "a probe replaces the gradient and has none"));
+        };
+        let (vocab, g) = (self.vocab, cx.grad());
+        // What was subtracted from the logarithm of the sum.
+        let hit = cx.op(LabelLogit { vocab }, &[h, panels, labels])?;
+        let lse = cx.op(Binary { f: BinaryFn::Add }, &[cx.outs[0], hit])?;
+        let dh = if cx.wants(0) {
+            let back = cx.op(TransposePanels { m: vocab }, &[panels])?;
+            Some(cx.op(CrossEntropyInput { vocab }, &[h, panels, labels, lse, g, back])?)
+        } else {
+            None
+        };
+        let dw =
+            if cx.wants(1) { Some(cx.op(CrossEntropyWeight { vocab }, &[h, panels, labels, lse, g])?) } else { None };
+        Ok(vec![dh, dw, None])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

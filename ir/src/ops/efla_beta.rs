@@ -1,11 +1,11 @@
 //! The step size of the exact flow of the delta rule.
 
 use super::{
-    Accuracy, Flops, InferError, OpDef,
+    Accuracy, EflaGrad, Flops, InferError, OpDef, VjpCx,
     heads::{expect, operands, sample_between, split},
 };
 use crate::{
-    Tensor, Type,
+    Tensor, Type, Value,
     loops::{Acc, Builder, Expr, f32c, math},
     lower::Lower,
 };
@@ -19,7 +19,7 @@ pub struct EflaBeta {
     pub heads: usize,
 }
 
-const SMALL: f32 = 1e-4;
+pub(super) const SMALL: f32 = 1e-4;
 
 impl OpDef for EflaBeta {
     const NAME: &'static str = "efla_beta";
@@ -39,6 +39,12 @@ impl OpDef for EflaBeta {
         };
         let out = ins[0].as_f32().chunks_exact(width).zip(ins[1].as_f32()).map(step).collect();
         vec![Tensor::f32(&ins[1].ty.dims, out)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let ins = [cx.ins[0], cx.ins[1], cx.outs[0], cx.grad()];
+        let outs = cx.graph.ops(EflaGrad { heads: self.heads }, &ins)?;
+        Ok(outs.into_iter().map(Some).collect())
     }
 
     fn flops(&self, ins: &[Type], outs: &[Type]) -> Flops {

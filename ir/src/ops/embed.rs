@@ -1,8 +1,8 @@
 //! Rows of a table by index.
 
-use super::{Axis, Flops, InferError, OpDef, check};
+use super::{Axis, EmbedGrad, Flops, InferError, OpDef, VjpCx, check};
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Expr, Ty, i32c},
     lower::Lower,
 };
@@ -33,6 +33,14 @@ impl OpDef for Embed {
         let row = |i: usize| i / (n / groups) * v + tokens[i].clamp(0, v as i64 - 1) as usize;
         let out = (0..n).flat_map(|i| &table.as_f32()[row(i) * d..][..d]).copied().collect();
         vec![Tensor::f32(&[ins[0].ty.dims[0], ins[0].ty.dims[1], d], out)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let [vocab, _] = cx.graph.ty(cx.ins[1]).dims[..] else {
+            return Err(InferError::new(Self::NAME, "not differentiable with groups of tables"));
+        };
+        let dy = cx.grad();
+        Ok(vec![None, Some(cx.op(EmbedGrad { vocab }, &[cx.ins[0], dy])?)])
     }
 
     fn flops(&self, _: &[Type], _: &[Type]) -> Flops {

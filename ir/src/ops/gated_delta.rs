@@ -1,14 +1,14 @@
 //! The gated delta rule: an associative memory with decay and targeted overwrite.
 
 use super::{
-    Accuracy, Flops, InferError, OpDef,
+    Accuracy, Flops, GatedDeltaGrad, InferError, OpDef, VjpCx,
     heads::{
         BLOCK, chains, chunks, clear, expect, operands, row_blocks, sample_between, sample_positions, sample_state,
         split, with_operand,
     },
 };
 use crate::{
-    Tensor, Type,
+    Tensor, Type, Value,
     loops::{Buf, Expr, f32c, i32c, math, tile::Product},
     lower::Lower,
 };
@@ -91,6 +91,15 @@ impl OpDef for GatedDelta {
             results.push(Tensor::f32(&ins[STATE].ty.dims, states));
         }
         results
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let Some(dy) = cx.grads[0] else { return Ok(vec![None; cx.ins.len()]) };
+        let ins: Vec<Value> =
+            cx.ins[..STATE].iter().copied().chain([dy]).chain(cx.ins[STATE..].iter().copied()).collect();
+        let outs = cx.graph.ops(GatedDeltaGrad { heads: self.heads, carry: self.carry }, &ins)?;
+        // The state of earlier calls is a constant.
+        Ok(outs.into_iter().map(Some).chain(cx.ins[POS..].iter().map(|_| None)).collect())
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

@@ -2,9 +2,9 @@
 //!
 //! A pure copy: row `i` of the result is bit for bit the token that slot `order[i]` belongs to.
 
-use super::{Axis, Flops, InferError, OpDef};
+use super::{Axis, Flops, InferError, OpDef, Reshape, ScatterRows, VjpCx};
 use crate::{
-    DType, Data, Tensor, Type,
+    DType, Data, Tensor, Type, Value,
     loops::{Expr, Ty, i32c},
     lower::Lower,
 };
@@ -41,6 +41,13 @@ impl OpDef for GatherRows {
             _ => Data::F32((0..n).map(|i| x.as_f32()[from(i)]).collect()),
         };
         vec![Tensor { ty: Type::new(x.ty.dtype, &[order.len(), cols]), data }]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let rows = cx.op(ScatterRows { k: self.k }, &[cx.grad(), cx.ins[1]])?;
+        // Codes have the gradient of what they stand for.
+        let dims = cx.graph.ty(cx.ins[0]).dims.clone();
+        Ok(vec![Some(cx.op(Reshape { dims }, &[rows])?), None])
     }
 
     fn flops(&self, _: &[Type], _: &[Type]) -> Flops {

@@ -1,12 +1,12 @@
 //! Float products with packed panels: small linear layers, routers, the logits head.
 
 use super::{
-    Axis, Flops, InferError, OpDef, check,
+    Axis, Flops, InferError, OpDef, TransposePanels, VjpCx, WeightGrad, check,
     pack_panels::PANEL,
     row_tiles::{Instances, TILE, group_of_rows, panel_product, row_tiles, sample_offsets, sections},
 };
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Expr, int},
     lower::Lower,
 };
@@ -80,6 +80,27 @@ impl OpDef for Linear {
         let types: Vec<Type> = ins.iter().map(|t| t.ty.clone()).collect();
         let ty = self.infer(&types).expect("accepted before").remove(0);
         vec![Tensor::f32(&ty.dims, out)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let (x, panels, dy) = (cx.ins[0], cx.ins[1], cx.grad());
+        let (n, ty) = (cx.graph.ty(x).cols(), cx.graph.ty(panels).clone());
+        let offsets = cx.ins.get(2).copied();
+        let dx = if cx.wants(0) {
+            let back = cx.op(TransposePanels { m: self.m }, &[panels])?;
+            let ins: Vec<Value> = [dy, back].into_iter().chain(offsets).collect();
+            Some(cx.op(Linear { m: n, grouped_rows: self.grouped_rows }, &ins)?)
+        } else {
+            None
+        };
+        let dw = if cx.wants(1) {
+            let ins: Vec<Value> = [dy, x].into_iter().chain(offsets).collect();
+            let groups = (ty.dims.len() == 4).then(|| ty.dims[0]);
+            Some(cx.op(WeightGrad { groups, grouped_rows: self.grouped_rows }, &ins)?)
+        } else {
+            None
+        };
+        Ok([dx, dw].into_iter().chain(offsets.map(|_| None)).collect())
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

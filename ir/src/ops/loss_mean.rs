@@ -1,8 +1,8 @@
 //! Means of the losses of tokens, for each row and for the batch.
 
-use super::{Accuracy, Flops, InferError, OpDef, check, cross_entropy::IGNORE};
+use super::{Accuracy, Binary, BinaryFn, Flops, InferError, LossMeanGrad, OpDef, VjpCx, check, cross_entropy::IGNORE};
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, Expr, Ty, f32c, i32c},
     lower::Lower,
 };
@@ -36,6 +36,19 @@ impl OpDef for LossMean {
         let losses = sums.iter().zip(labels.chunks(t)).map(|(&sum, labels)| mean(sum, count(labels))).collect();
         let loss = mean(sums.iter().sum(), count(&labels));
         vec![Tensor::f32(&ins[0].ty.dims[..1], losses), Tensor::f32(&[1], vec![loss])]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let mut sum = None;
+        for (o, per_row) in [(0, true), (1, false)] {
+            let Some(g) = cx.grads[o] else { continue };
+            let each = cx.op(LossMeanGrad { per_row }, &[cx.ins[1], g])?;
+            sum = Some(match sum {
+                None => each,
+                Some(before) => cx.op(Binary { f: BinaryFn::Add }, &[before, each])?,
+            });
+        }
+        Ok(vec![sum, None])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

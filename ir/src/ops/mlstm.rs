@@ -1,14 +1,14 @@
 //! The mLSTM cell: a matrix memory with exponential gates.
 
 use super::{
-    Accuracy, Flops, InferError, OpDef,
+    Accuracy, Flops, InferError, MlstmGrad, OpDef, VjpCx,
     heads::{
         BLOCK, NEG, chains, chunks, clear, expect, fade, operands, row_blocks, sample_between, sample_positions,
         sample_state, split, with_operand,
     },
 };
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, Buf, Expr, Var, f32c, i32c, math, tile::Product},
     lower::Lower,
 };
@@ -109,6 +109,15 @@ impl OpDef for Mlstm {
             results.extend([c, n, m].into_iter().zip(&ins[STATE..]).map(|(s, x)| Tensor::f32(&x.ty.dims, s)));
         }
         results
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let Some(dy) = cx.grads[0] else { return Ok(vec![None; cx.ins.len()]) };
+        let ins: Vec<Value> =
+            cx.ins[..STATE].iter().copied().chain([dy]).chain(cx.ins[STATE..].iter().copied()).collect();
+        let outs = cx.graph.ops(MlstmGrad { heads: self.heads, carry: self.carry }, &ins)?;
+        // The state of earlier calls is a constant.
+        Ok(outs.into_iter().map(Some).chain(cx.ins[POS..].iter().map(|_| None)).collect())
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

@@ -12,25 +12,35 @@ mod balance;
 mod binary;
 mod check;
 mod combine;
+mod combine_grad;
 mod cross_entropy;
+mod cross_entropy_grad;
+mod dequantise;
 mod dispatch;
 mod efla_beta;
+mod efla_grad;
 mod embed;
+mod embed_grad;
 mod embed_rank;
 mod gated_delta;
+mod gated_delta_grad;
 mod gather_rows;
 mod group_scale;
 mod heads;
+mod label_logit;
 mod linear;
 mod long;
 mod loop_exit;
 mod loop_mask;
 mod loss_mean;
+mod loss_mean_grad;
 mod low_rank_grad;
 mod mean_abs;
 mod member_dot;
 mod mlstm;
+mod mlstm_grad;
 mod norm;
+mod norm_grad;
 mod norm_quantise;
 mod pack_panels;
 mod pack_ternary;
@@ -44,42 +54,64 @@ mod rms_scalar;
 mod rope;
 mod rope_table;
 mod route;
+mod route_grad;
 mod row_rms;
 mod row_tiles;
+mod scatter_rows;
 mod select;
 mod short_conv;
+mod short_conv_grad;
 mod span_knot;
 mod stack;
+mod stop_rows;
+mod sum_to;
+mod take_columns;
 mod ternary_dense;
 mod ternary_product;
+mod ternary_transpose;
 mod tile_rows;
+mod titans_grad;
 mod titans_memory;
+mod transpose_panels;
 mod unary;
+mod unstack;
+mod weight_grad;
 mod weighted_sum;
 mod window_attention;
+mod window_grad;
 mod work;
 
 pub use self::{
     balance::Balance,
     binary::{Binary, BinaryFn},
     combine::Combine,
+    combine_grad::CombineGrad,
     cross_entropy::{CrossEntropy, IGNORE},
+    cross_entropy_grad::{CrossEntropyInput, CrossEntropyWeight},
+    dequantise::Dequantise,
     dispatch::Dispatch,
     efla_beta::EflaBeta,
+    efla_grad::EflaGrad,
     embed::Embed,
+    embed_grad::EmbedGrad,
     embed_rank::EmbedRank,
     gated_delta::GatedDelta,
+    gated_delta_grad::GatedDeltaGrad,
     gather_rows::GatherRows,
     group_scale::{GroupScale, ScaleMode},
+    label_logit::LabelLogit,
     linear::Linear,
     loop_exit::LoopExit,
     loop_mask::LoopMask,
     loss_mean::LossMean,
+    loss_mean_grad::LossMeanGrad,
     low_rank_grad::LowRankGrad,
     mean_abs::MeanAbs,
     member_dot::MemberDot,
     mlstm::Mlstm,
+    mlstm_grad::MlstmGrad,
     norm::{Norm, NormKind},
+    norm_grad::NormGrad,
     norm_quantise::NormQuantise,
     pack_panels::{PANEL, PackPanels, panels_type},
     pack_ternary::{BLOCK_ROWS, PackTernary, packed_type},
@@ -93,18 +125,30 @@ pub use self::{
     rope::Rope,
     rope_table::{RopeScaling, RopeTable},
     route::Route,
+    route_grad::RouteGrad,
     row_rms::RowRms,
+    scatter_rows::ScatterRows,
     select::Select,
     short_conv::ShortConv,
+    short_conv_grad::ShortConvGrad,
     span_knot::{Relaxed, SpanKnot},
     stack::Stack,
+    stop_rows::StopRows,
+    sum_to::SumTo,
+    take_columns::TakeColumns,
     ternary_dense::TernaryDense,
     ternary_product::TernaryProduct,
+    ternary_transpose::TernaryTranspose,
     tile_rows::TileRows,
+    titans_grad::TitansGrad,
     titans_memory::TitansMemory,
+    transpose_panels::TransposePanels,
     unary::{Unary, UnaryFn},
+    unstack::Unstack,
+    weight_grad::WeightGrad,
     weighted_sum::WeightedSum,
     window_attention::WindowAttention,
+    window_grad::WindowGrad,
     work::{Pass, Work},
 };
 
@@ -122,7 +166,10 @@ pub trait OpDef: Clone + fmt::Debug + PartialEq + Into<Op> {
     /// The reference semantics: obvious loops, no cleverness. Operand types were accepted by `infer`.
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor>;
 
-    /// Append the vector-Jacobian product: one gradient per operand, `None` where it is zero.
+    /// Append the vector-Jacobian product: one gradient per operand, `None` where it is zero or not wanted.
+    ///
+    /// A value that stands for floats in a packed form (panels, ternary codes, activation codes) has the `f32` gradient of what it
+    /// stands for, in the layout of that: `[m, n]` for a weight, with the padding of columns where codes have one. Scales have none.
     fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
         let _ = cx;
         Err(InferError::new(Self::NAME, "not differentiable yet"))
@@ -284,6 +331,8 @@ pub struct VjpCx<'a> {
     pub outs: &'a [Value],
     /// The gradients of the loss with respect to `outs`, `None` where zero.
     pub grads: &'a [Option<Value>],
+    /// Which operands anything that wants a gradient depends on.
+    pub wanted: &'a [bool],
 }
 
 impl VjpCx<'_> {
@@ -292,7 +341,27 @@ impl VjpCx<'_> {
         self.graph.op(op, ins)
     }
 
-    /// The gradient of the only result.
+    /// Whether the gradient of operand `k` is of use.
+    pub fn wants(&self, k: usize) -> bool {
+        self.wanted[k]
+    }
+
+    /// The gradient of the first result without the columns from `n` on.
+    pub fn columns(&mut self, n: usize) -> Result<Value, InferError> {
+        let g = self.grad();
+        if self.graph.ty(g).cols() == n { Ok(g) } else { self.op(TakeColumns { n }, &[g]) }
+    }
+
+    /// `parts [R, ..]` summed over its batch rows, of the shape of `like`.
+    pub fn over_rows(&mut self, parts: Value, like: Value) -> Result<Value, InferError> {
+        let (rows, dims) = (self.graph.ty(parts).dims[0], self.graph.ty(like).dims.clone());
+        let n = self.graph.ty(like).numel();
+        let flat = self.op(Reshape { dims: vec![rows, n] }, &[parts])?;
+        let sum = self.op(SumTo { dims: vec![n] }, &[flat])?;
+        self.op(Reshape { dims }, &[sum])
+    }
+
+    /// The gradient of the first result.
     pub fn grad(&self) -> Value {
         self.grads[0].expect("an operation is differentiated only when its result has a gradient")
     }
@@ -492,4 +561,4 @@ impl Op {
     }
 }
 
-ops! { Balance, Binary, Combine, CrossEntropy, Dispatch, EflaBeta, Embed, EmbedRank, GatedDelta, GatherRows, GroupScale, Linear, LoopExit, LoopMask, LossMean, LowRankGrad, MeanAbs, MemberDot, Mlstm, Norm, NormQuantise, PackPanels, PackTernary, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RowRms, Select, ShortConv, SpanKnot, Stack, TernaryDense, TernaryProduct, TileRows, TitansMemory, Unary, WeightedSum, WindowAttention }
+ops! { Balance, Binary, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, PackPanels, PackTernary, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }

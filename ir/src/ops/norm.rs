@@ -1,8 +1,8 @@
 //! Normalisation of groups of columns, with an optional gain.
 
-use super::{Accuracy, Axis, Flops, InferError, OpDef, check, long::long};
+use super::{Accuracy, Axis, Binary, BinaryFn, Flops, InferError, NormGrad, OpDef, Reshape, SumTo, VjpCx, check, long::long};
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, Buf, Expr, f32c, math},
     lower::Lower,
 };
@@ -88,6 +88,11 @@ impl Moments {
         Moments { mean, scale: cx.b.bind(math::rsqrt(mean_square + f32c(norm.eps))) }
     }
 
+    /// What the shifted elements are multiplied by.
+    pub(super) fn scale(&self) -> &Expr {
+        &self.scale
+    }
+
     /// The normalised element.
     pub(super) fn apply(&self, x: Expr) -> Expr {
         self.mean.iter().fold(x, |x, m| x - m) * &self.scale
@@ -140,6 +145,35 @@ impl OpDef for Norm {
             }
         }
         vec![Tensor::f32(&x.ty.dims, out)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let (x, dy) = (cx.ins[0], cx.grad());
+        let grad = NormGrad { kind: self.kind, width: self.width, eps: self.eps };
+        let Some(&gain) = cx.ins.get(1) else { return Ok(vec![Some(cx.op(grad, &[x, dy])?)]) };
+        // A gain of one group of columns meets each group as a row.
+        let (ty, gain_ty) = (cx.graph.ty(x).clone(), cx.graph.ty(gain).clone());
+        let width = gain_ty.cols();
+        let rows = Reshape { dims: vec![ty.numel() / width, width] };
+        let back = Reshape { dims: ty.dims.clone() };
+        let mul = Binary { f: BinaryFn::Mul };
+        let dy_rows = cx.op(rows.clone(), &[dy])?;
+        let dx = if cx.wants(0) {
+            let scaled = cx.op(mul.clone(), &[dy_rows, gain])?;
+            let scaled = cx.op(back, &[scaled])?;
+            Some(cx.op(grad, &[x, scaled])?)
+        } else {
+            None
+        };
+        let dgain = if cx.wants(1) {
+            let plain = cx.op(self.clone(), &[x])?;
+            let plain = cx.op(rows, &[plain])?;
+            let each = cx.op(mul, &[plain, dy_rows])?;
+            Some(cx.op(SumTo { dims: gain_ty.dims }, &[each])?)
+        } else {
+            None
+        };
+        Ok(vec![dx, dgain])
     }
 
     fn flops(&self, _: &[Type], outs: &[Type]) -> Flops {

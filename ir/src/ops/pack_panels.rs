@@ -1,7 +1,7 @@
 //! Float weights in the layout that products read.
 
-use super::{Axis, Flops, InferError, OpDef, check};
-use crate::{DType, Tensor, Type, loops::f32c, lower::Lower};
+use super::{Axis, Flops, InferError, OpDef, VjpCx, check};
+use crate::{DType, Tensor, Type, Value, loops::f32c, lower::Lower};
 
 /// The number of rows of the weight that one panel holds.
 pub const PANEL: usize = 16;
@@ -40,6 +40,11 @@ impl OpDef for PackPanels {
         };
         let data = (0..ty.numel()).map(at).collect();
         vec![Tensor::f32(&ty.dims, data)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        // The gradient of panels has the layout of the weight.
+        Ok(vec![Some(cx.grad())])
     }
 
     fn flops(&self, _: &[Type], _: &[Type]) -> Flops {

@@ -1,8 +1,8 @@
 //! Ternary codes of float weights, packed for the integer product.
 
-use super::{Axis, Flops, InferError, OpDef, check};
+use super::{Axis, Flops, InferError, OpDef, VjpCx, check};
 use crate::{
-    DType, Data, Tensor, Type,
+    DType, Data, Tensor, Type, Value,
     loops::{Expr, f32c, i32c, int},
     lower::Lower,
 };
@@ -110,6 +110,12 @@ impl OpDef for PackTernary {
         };
         let data = Data::U8((0..ty.numel()).map(byte).collect());
         vec![Tensor { ty, data }]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        // Straight through to the latent; the scale is a constant. The gradient of codes has the layout of the weight, with padding.
+        let n = cx.graph.ty(cx.ins[0]).cols();
+        Ok(vec![Some(cx.columns(n)?), None])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

@@ -1,8 +1,8 @@
 //! Activations to signed bytes with a scale for every block.
 
-use super::{Flops, InferError, OpDef, check, long::long};
+use super::{Flops, InferError, OpDef, VjpCx, check, long::long};
 use crate::{
-    DType, Data, Tensor, Type,
+    DType, Data, Tensor, Type, Value,
     loops::{Acc, Buf, Expr, f32c, i32c, int, math},
     lower::Lower,
 };
@@ -117,6 +117,12 @@ impl OpDef for Quantise {
             codes.resize(codes.len() + n.next_multiple_of(CODE_PAD) - n, 0);
         }
         vec![Tensor { ty: codes_ty, data: Data::I8(codes) }, Tensor { ty: scales_ty, data: Data::F32(scales) }]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        // Straight through: the gradient of codes is that of what they stand for, with padding.
+        let n = cx.graph.ty(cx.ins[0]).cols();
+        Ok(vec![if cx.grads[0].is_some() { Some(cx.columns(n)?) } else { None }])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

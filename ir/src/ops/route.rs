@@ -2,9 +2,9 @@
 //!
 //! The bias selects and never weighs; equal scores go to the lowest index, so the choice is a function of the scores alone.
 
-use super::{Accuracy, Axis, Flops, InferError, OpDef};
+use super::{Accuracy, Axis, Flops, InferError, OpDef, RouteGrad, VjpCx};
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, Expr, Ty, f32c, i32c, math},
     lower::Lower,
 };
@@ -22,7 +22,7 @@ pub struct Route {
 }
 
 /// Keeps the quotient finite.
-const FLOOR: f32 = 1e-20;
+pub(super) const FLOOR: f32 = 1e-20;
 
 impl OpDef for Route {
     const NAME: &'static str = "route";
@@ -62,6 +62,12 @@ impl OpDef for Route {
         }
         let dims = [logits.ty.dims[0], logits.ty.dims[1], self.k];
         vec![Tensor::i32(&dims, index), Tensor::f32(&dims, weight)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let Some(dw) = cx.grads[1] else { return Ok(vec![None, None]) };
+        let op = RouteGrad { k: self.k, scale: self.scale };
+        Ok(vec![Some(cx.op(op, &[cx.ins[0], cx.outs[0], dw])?), None])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

@@ -1,8 +1,8 @@
 //! Root mean square of each row.
 
-use super::{Accuracy, Flops, InferError, OpDef, long::long};
+use super::{Accuracy, Binary, BinaryFn, Flops, InferError, OpDef, Unary, UnaryFn, VjpCx, long::long};
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, f32c},
     lower::Lower,
 };
@@ -35,6 +35,14 @@ impl OpDef for RowRms {
         let mut dims = ins[0].ty.dims.clone();
         *dims.last_mut().expect("two dimensions") = 1;
         vec![Tensor::f32(&dims, out)]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let (x, g) = (cx.ins[0], cx.grad());
+        let each = cx.op(Binary { f: BinaryFn::Div }, &[g, cx.outs[0]])?;
+        let mul = 1.0 / cx.graph.ty(x).cols() as f32;
+        let each = cx.op(Unary { f: UnaryFn::Affine { mul, add: 0.0 } }, &[each])?;
+        Ok(vec![Some(cx.op(Binary { f: BinaryFn::Mul }, &[x, each])?)])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

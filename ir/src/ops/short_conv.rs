@@ -1,11 +1,11 @@
 //! Depthwise causal convolution of a few taps inside one document.
 
 use super::{
-    Axis, Flops, InferError, OpDef,
+    Axis, Flops, InferError, OpDef, ShortConvGrad, VjpCx,
     heads::{expect, expect_weight, operands, sample_positions, with_operand},
 };
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Buf, Expr, f32c, i32c},
     lower::Lower,
 };
@@ -80,6 +80,14 @@ impl OpDef for ShortConv {
             results.push(Tensor::f32(&ins[3].ty.dims, last));
         }
         results
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let Some(dy) = cx.grads[0] else { return Ok(vec![None; cx.ins.len()]) };
+        let ins: Vec<Value> = cx.ins[..3].iter().copied().chain([dy]).chain(cx.ins.get(3).copied()).collect();
+        let outs = cx.graph.ops(ShortConvGrad { taps: self.taps, carry: self.carry }, &ins)?;
+        // Inputs of earlier calls are constants.
+        Ok([Some(outs[0]), Some(outs[1]), None].into_iter().chain(cx.ins.get(3).map(|_| None)).collect())
     }
 
     fn flops(&self, _: &[Type], outs: &[Type]) -> Flops {

@@ -1,6 +1,6 @@
 //! Several tensors as one with a new leading dimension.
 
-use super::{Axis, Flops, InferError, OpDef, VjpCx};
+use super::{Axis, Flops, InferError, OpDef, Unstack, VjpCx};
 use crate::{Data, Tensor, Type, Value, loops::Expr, lower::Lower};
 
 /// `out[i, ...] = operand_i[...]`; all operands have one type of at least one dimension.
@@ -39,8 +39,9 @@ impl OpDef for Stack {
         vec![Tensor { ty, data: join!(F32, F64, BF16, I8, U8, I16, I32) }]
     }
 
-    fn vjp(&self, _: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
-        Err(InferError::new(Self::NAME, "not differentiable yet"))
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let parts = cx.graph.ops(Unstack { n: self.n }, &[cx.grad()])?;
+        Ok(parts.into_iter().map(Some).collect())
     }
 
     fn flops(&self, _: &[Type], _: &[Type]) -> Flops {

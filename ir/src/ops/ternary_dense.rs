@@ -1,11 +1,11 @@
 //! Ternary weights as floats.
 
 use super::{
-    Axis, Flops, InferError, OpDef,
+    Axis, Flops, InferError, OpDef, VjpCx,
     pack_ternary::{check_scales, reference, scale_width, ternary_sample},
 };
 use crate::{
-    Tensor, Type,
+    Tensor, Type, Value,
     loops::{Expr, f32c, int},
     lower::Lower,
 };
@@ -31,6 +31,11 @@ impl OpDef for TernaryDense {
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {
         let codes = reference(self.group, self.ratio, ins[0], ins[1]);
         vec![Tensor::f32(&ins[0].ty.dims, codes.into_iter().map(|(q, alpha)| f32::from(q) * alpha).collect())]
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        // Straight through to the latent; the scale is a constant.
+        Ok(vec![Some(cx.grad()), None])
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

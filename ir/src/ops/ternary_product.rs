@@ -6,12 +6,12 @@ mod tiling;
 
 use self::tiling::Tiling;
 use super::{
-    Axis, Flops, InferError, OpDef, Work, check,
+    Axis, Dequantise, Flops, InferError, Linear, OpDef, TernaryTranspose, VjpCx, WeightGrad, Work, check,
     pack_ternary::BLOCK_ROWS,
     row_tiles::{group_of_rows, sample_offsets, sections},
 };
 use crate::{
-    DType, Data, Tensor, Type,
+    DType, Data, Tensor, Type, Value,
     loops::{Contract, Variant},
     lower::Lower,
 };
@@ -178,6 +178,31 @@ impl OpDef for TernaryProduct {
             Tensor::f32(&outs[w].dims, out)
         };
         (0..self.n_weights).map(result).collect()
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        if self.n_weights != 1 {
+            return Err(InferError::new(Self::NAME, "a product with several weights is not differentiable yet"));
+        }
+        let [codes, scales, packed, alpha] = [0, 1, 2, 3].map(|k| cx.ins[k]);
+        let (dy, offsets) = (cx.grad(), cx.ins.get(4).copied());
+        let (n, ty) = (cx.graph.ty(codes).cols(), cx.graph.ty(packed).clone());
+        let dx = if cx.wants(0) {
+            let back = cx.op(TernaryTranspose { n, group: self.group }, &[packed, alpha])?;
+            let ins: Vec<Value> = [dy, back].into_iter().chain(offsets).collect();
+            Some(cx.op(Linear { m: n, grouped_rows: self.grouped_rows }, &ins)?)
+        } else {
+            None
+        };
+        let dw = if cx.wants(2) {
+            let x = cx.op(Dequantise { block: self.block, n }, &[codes, scales])?;
+            let ins: Vec<Value> = [dy, x].into_iter().chain(offsets).collect();
+            let groups = (ty.dims.len() == 4).then(|| ty.dims[0]);
+            Some(cx.op(WeightGrad { groups, grouped_rows: self.grouped_rows }, &ins)?)
+        } else {
+            None
+        };
+        Ok([dx, None, dw, None].into_iter().chain(offsets.map(|_| None)).collect())
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

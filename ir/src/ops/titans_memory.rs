@@ -3,14 +3,14 @@
 mod chunk;
 
 use super::{
-    Accuracy, Axis, Flops, InferError, OpDef,
+    Accuracy, Axis, Flops, InferError, OpDef, TitansGrad, VjpCx,
     heads::{
         chains, clear, dots, expect, expect_weight, operands, sample_between, sample_positions, sample_state, split,
         with_operand,
     },
 };
 use crate::{
-    DType, Tensor, Type,
+    DType, Tensor, Type, Value,
     loops::{Acc, Buf, Expr, Ty, f32c, i32c, math},
     lower::Lower,
 };
@@ -148,6 +148,22 @@ impl OpDef for TitansMemory {
             results.extend(state.into_iter().zip(&ins[STATE..]).map(|(s, x)| Tensor::f32(&x.ty.dims, s)));
         }
         results
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let Some(dy) = cx.grads[0] else { return Ok(vec![None; cx.ins.len()]) };
+        let ins: Vec<Value> =
+            cx.ins[..STATE].iter().copied().chain([dy]).chain(cx.ins[STATE..].iter().copied()).collect();
+        let Self { heads, inner, normalise, carry, .. } = *self;
+        let mut outs = cx.graph.ops(TitansGrad { heads, inner, normalise, carry }, &ins)?;
+        for (at, input) in [(POS, INIT), (POS + 1, INIT + 1)] {
+            outs[at] = cx.over_rows(outs[at], cx.ins[input])?;
+        }
+        let (first, last) = outs.split_at(POS);
+        let some = |v: &Value| Some(*v);
+        // The state of earlier calls is a constant.
+        let rest = cx.ins[STATE..].iter().map(|_| None);
+        Ok(first.iter().map(some).chain([None]).chain(last.iter().map(some)).chain(rest).collect())
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {

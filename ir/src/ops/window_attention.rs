@@ -3,11 +3,11 @@
 mod softmax;
 
 use super::{
-    Accuracy, Axis, Flops, InferError, OpDef,
+    Accuracy, Axis, Flops, InferError, OpDef, VjpCx, WindowGrad,
     heads::{expect, expect_weight, operands, sample_positions, split, with_operand},
 };
 use crate::{
-    DType, Data, Tensor, Type,
+    DType, Data, Tensor, Type, Value,
     loops::{Buf, Expr, Ty, i32c},
     lower::Lower,
 };
@@ -143,6 +143,20 @@ impl OpDef for WindowAttention {
             results.push(Tensor::i32(&[rows, self.heads], (0..rows * self.heads).map(count).collect()));
         }
         results
+    }
+
+    fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
+        let Some(dy) = cx.grads[0] else { return Ok(vec![None; cx.ins.len()]) };
+        let at = self.places();
+        let (first, rest) = cx.ins.split_at(at.pos + 1);
+        let ins: Vec<Value> = first.iter().copied().chain([dy]).chain(rest.iter().copied()).collect();
+        let Self { heads, window, carry } = *self;
+        let mut outs = cx.graph.ops(WindowGrad { heads, window, carry }, &ins)?;
+        for slots in [at.pk, at.pk + 1] {
+            outs[slots] = cx.over_rows(outs[slots], cx.ins[slots])?;
+        }
+        // Tokens of earlier calls are constants.
+        Ok(outs.into_iter().map(Some).chain(cx.ins[at.pos..].iter().map(|_| None)).collect())
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {
