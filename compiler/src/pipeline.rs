@@ -23,6 +23,7 @@ use crate::{
     passes::{
         Budget, COMBINE, Pass, SIMPLIFY, STAGES,
         dual::{self, Scheme},
+        grad,
         hoist::Prepare,
     },
     rebuild::sweep,
@@ -35,6 +36,8 @@ use crate::{
 pub enum EntryKind {
     /// `loss`: mean cross-entropy of each row, from fresh states.
     Loss,
+    /// `grad`: the loss, and its gradient with respect to every weight that can be trained.
+    Grad,
     /// `logits`: all logits, states carried.
     Logits,
     /// `prefill`: states only, in chunks.
@@ -52,6 +55,7 @@ impl EntryKind {
     pub fn name(&self) -> &'static str {
         match self {
             EntryKind::Loss => "loss",
+            EntryKind::Grad => "grad",
             EntryKind::Logits => "logits",
             EntryKind::Prefill => "prefill",
             EntryKind::Decode => "decode",
@@ -85,7 +89,7 @@ impl fmt::Display for EntrySpec {
             Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
         }
         match &self.kind {
-            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
+            EntryKind::Loss | EntryKind::Grad | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
             EntryKind::DualLoss(scheme) => write!(f, " {scheme:?}"),
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
         }
@@ -211,9 +215,12 @@ pub fn compile_observed(
     for spec in &options.entries {
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
-        if !options.packed.is_empty() && matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Update(..)) {
+        if !options.packed.is_empty()
+            && matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Grad | EntryKind::Update(..))
+        {
+            let verb = if spec.kind == EntryKind::Grad { "needs" } else { "changes" };
             return Err(CompileError::Option(format!(
-                "entry point {name} changes latents, which packed ternary weights have lost; leave it out or give float weights"
+                "entry point {name} {verb} latents, which packed ternary weights have lost; leave it out or give float weights"
             )));
         }
         let build = |head, form, carry| {
@@ -222,6 +229,10 @@ pub fn compile_observed(
         };
         let g = match &spec.kind {
             EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
+            EntryKind::Grad => {
+                let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
+                grad::unroll(&build(Head::Loss, Form::Chunked, false)?, half).map_err(fail("build"))?
+            }
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
             EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
@@ -305,9 +316,20 @@ fn stages(
         stages.show("build", name, &g)?;
         let mut g = stages.all(&SIMPLIFY, name, g)?;
         let mut shared = (0, 0);
-        if let EntryKind::DualLoss(scheme) = &kind {
-            let probed = dual::probe(&g, scheme, rows, kinds, &trainable).map_err(Stages::error("transform", name))?;
-            (g, shared) = (probed.graph, probed.shared);
+        let transformed = match &kind {
+            EntryKind::DualLoss(scheme) => {
+                let probed =
+                    dual::probe(&g, scheme, rows, kinds, &trainable).map_err(Stages::error("transform", name))?;
+                (g, shared) = (probed.graph, probed.shared);
+                true
+            }
+            EntryKind::Grad => {
+                g = grad::grad(&g, &trainable).map_err(Stages::error("transform", name))?;
+                true
+            }
+            _ => false,
+        };
+        if transformed {
             stages.show("transform", name, &g)?;
             for pass in &SIMPLIFY {
                 g = stages.run(pass, name, g)?;

@@ -90,6 +90,11 @@ fn calls_answer_as_the_specification_does() {
     npy::write(Path::new(&depth), rows.view()).expect("the file is written");
     let (_, file) = call(&["--entry", "loss", "--input", &format!("depth={depth}")]);
     near(&file.require("loss").unwrap().to_f32(), "out.loss_mixed_depth_1_3_2", 1e-5);
+    let (_, file) = call(&["--entry", "grad"]);
+    near(&file.require("loss").unwrap().to_f32(), "out.loss", 1e-5);
+    let gain = file.require("grad.norm.weight").unwrap();
+    assert_eq!(gain.shape(), [128]);
+    near(&gain.to_f32(), "grad.sample.norm.weight", 1e-5);
     let (_, file) = call(&["--entry", "logits", "--adaptive", "--loops", "6"]);
     assert_eq!(file.require("loops").unwrap().to_i64(), want.require("exact.adaptive_loops").unwrap().to_i64());
 }

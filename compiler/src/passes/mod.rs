@@ -7,6 +7,7 @@ mod combine;
 mod cse;
 pub mod dual;
 mod fold;
+pub mod grad;
 pub mod hoist;
 
 use chimera_ir::{Graph, ops::InferError};

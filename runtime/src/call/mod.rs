@@ -171,7 +171,7 @@ pub fn run(exe: &mut Executable, entry: &str, inputs: &Tensors) -> Result<Tensor
             );
         }
     };
-    let stateful = entry != "loss" && entry != "dual_loss" && !exe.plan().states.is_empty();
+    let stateful = !["loss", "grad", "dual_loss"].contains(&entry) && !exe.plan().states.is_empty();
     match inputs.keys().find(|n| n.starts_with(states::PREFIX)) {
         Some(name) if !stateful => return bad(name, format!("`{entry}` takes no states")),
         Some(_) => states::import(exe, inputs)?,

@@ -151,6 +151,8 @@ impl ModelArgs {
 pub(crate) enum EntryName {
     /// Cross-entropy of each row
     Loss,
+    /// Cross-entropy and its gradient with respect to every weight
+    Grad,
     /// Logits of all tokens, states carried
     Logits,
     /// States of many tokens
@@ -320,6 +322,7 @@ impl BuildArgs {
         let spec = |entry: &EntryName| {
             let (kind, rows, tokens) = match entry {
                 EntryName::Loss => (EntryKind::Loss, rows, tokens),
+                EntryName::Grad => (EntryKind::Grad, rows, tokens),
                 EntryName::Logits => (EntryKind::Logits, streams, tokens),
                 EntryName::Prefill => (EntryKind::Prefill, streams, tokens),
                 EntryName::Decode => (EntryKind::Decode, streams, 1),

@@ -28,6 +28,8 @@ enum Entry {
     Logits,
     /// Cross-entropy of labels
     Loss,
+    /// Cross-entropy of labels and its gradients: `grad.NAME` for every weight
+    Grad,
     /// Losses under all probes of an estimator
     DualLoss,
     /// Hidden states only, in parallel
@@ -193,6 +195,7 @@ fn spec(args: &Args, model: &Model, inputs: &mut Tensors) -> Result<EntrySpec, F
     let (kind, tokens) = match args.entry {
         Entry::Logits => (EntryKind::Logits, tokens),
         Entry::Loss => (EntryKind::Loss, tokens),
+        Entry::Grad => (EntryKind::Grad, tokens),
         Entry::DualLoss => (EntryKind::DualLoss(hyper.fresh().scheme()), tokens),
         Entry::Prefill => (EntryKind::Prefill, tokens),
         Entry::Decode => (EntryKind::Decode, 1),
