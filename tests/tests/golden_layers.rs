@@ -1,13 +1,15 @@
 //! Single layers against the executable specification: with incoming states and document resets, on every engine.
 //!
-//! Each file is checked in the chunked and in the recurrent form; both must meet the tolerance that the file states.
+//! Each file is checked in the chunked and in the recurrent form; both must meet the tolerance that the file states. So must the
+//! gradients of `sum(y dy)`, where the file has them.
 
 use std::collections::HashMap;
 
 use chimera_frontends::config::{MixerKind, ModelConfig};
 use chimera_frontends::layers::{Depth, Form, Net, Shape, Stream};
+use chimera_ir::graph::Kind;
 use chimera_ir::ops::{RopeScaling, RopeTable};
-use chimera_ir::{DType, Data, Graph, Tensor, Type};
+use chimera_ir::{DType, Data, Graph, Tensor, Type, Value};
 use chimera_tests::engine::Engine;
 use chimera_tests::golden::{Golden, assert_close};
 use chimera_tests::reference::Memory;
@@ -151,6 +153,84 @@ fn span_knot() {
     check_mixer("layer_span_knot", 7, MixerKind::SpanKnot);
 }
 
+/// The graph of the gradients of `sum(y dy)` with respect to `x` and every weight, `y` being the first output of `g`.
+fn gradients(mut g: Graph) -> Graph {
+    let y = g.outputs[0].1;
+    let ends: Vec<(String, Value)> = g
+        .nodes()
+        .iter()
+        .filter_map(|n| match &n.kind {
+            Kind::Param(name) => Some((name.clone(), n.outs[0])),
+            Kind::Input(name) if name == "x" => Some((name.clone(), n.outs[0])),
+            _ => None,
+        })
+        .collect();
+    let dy = g.input("dy", g.ty(y).clone());
+    let wanted: Vec<Value> = ends.iter().map(|e| e.1).collect();
+    let grads = g.grad(y, dy, &wanted).expect("the layer is differentiable");
+    let found = |(name, v): &(String, Value)| Some((name.clone(), grads[v.0 as usize]?));
+    g.outputs = ends.iter().filter_map(found).collect();
+    g.verify().expect("the gradient is sound");
+    g
+}
+
+/// Compare the gradients of a layer with those of its file, on every engine.
+fn check_gradients(file: &str, golden: &Golden, g: Graph, inputs: &HashMap<String, Tensor>, memory: &Memory) {
+    let (g, mut inputs) = (gradients(g), inputs.clone());
+    inputs.insert("dy".to_owned(), golden.tensor("in.dy"));
+    let wanted = golden.with_prefix("grad.");
+    assert!(wanted.len() > 3, "{file} has gradients");
+    for engine in Engine::all() {
+        let out = engine.run(&g, &inputs, &mut memory.clone());
+        for (name, want) in wanted.iter().filter(|(name, _)| !name.starts_with("state.")) {
+            // A sum over tokens is as exact as its largest part.
+            let most = want.as_f32().iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            let (rtol, atol) = (golden.tolerance("rtol"), golden.tolerance("atol"));
+            assert_close(
+                &format!("{file}, {engine:?}: d {name}"),
+                &out[name],
+                want,
+                10.0 * rtol,
+                10.0 * rtol * most + atol,
+            );
+        }
+    }
+}
+
+fn check_mixer_gradients(file: &str, layer: usize) {
+    let golden = Golden::open(file);
+    let cfg = golden.model();
+    let x = golden.tensor("in.x");
+    let emb = if golden.has("in.emb") { golden.tensor("in.emb") } else { Tensor::zeros(&x.ty) };
+    let inputs = HashMap::from([("x".into(), x.clone()), ("emb".into(), emb), ("pos".into(), golden.tensor("in.pos"))]);
+    let mut memory = Memory { weights: golden.with_prefix("param."), ..Memory::default() };
+    for (name, t) in golden.with_prefix("in.state.") {
+        let states = inward(&cfg, &name, &t).into_iter();
+        memory.states.extend(states.map(|(n, t)| ((format!("layers.{layer}.{n}"), 0), t)));
+    }
+    check_gradients(file, &golden, mixer(&cfg, layer, shape(&x, Form::Chunked)), &inputs, &memory);
+}
+
+#[test]
+fn gradients_of_gated_deltanet() {
+    check_mixer_gradients("layer_gated_deltanet", 0);
+}
+
+#[test]
+fn gradients_of_mlstm() {
+    check_mixer_gradients("layer_mlstm", 1);
+}
+
+#[test]
+fn gradients_of_titans() {
+    check_mixer_gradients("layer_titans_swa", 3);
+}
+
+#[test]
+fn gradients_of_span_knot() {
+    check_mixer_gradients("layer_span_knot", 7);
+}
+
 /// A feed-forward layer: `build` makes `y` of the activated input.
 fn check_ffn(file: &str, build: impl Fn(&mut Net<'_>, chimera_frontends::layers::Activated) -> chimera_ir::Value) {
     let golden = Golden::open(file);
@@ -161,6 +241,9 @@ fn check_ffn(file: &str, build: impl Fn(&mut Net<'_>, chimera_frontends::layers:
     let input = net.activate(input).expect("the input is a float activation");
     let y = build(&mut net, input);
     net.g.outputs.push(("y".to_owned(), y));
+    let given = HashMap::from([("x".to_owned(), x.clone())]);
+    let memory = Memory { weights: golden.with_prefix("param."), ..Memory::default() };
+    check_gradients(file, &golden, net.g.clone(), &given, &memory);
     let loads = std::mem::take(&mut net.side);
     net.g.outputs.extend(loads);
     for engine in Engine::all() {

@@ -5,7 +5,6 @@
 
 use chimera_ir::{
     DType, Data, Graph, Op, Tensor, Type,
-    graph::Kind,
     loops::{Variant, parse, print, verify},
     lower::{Cluster, ClusterNode, Source},
     ops::{Accuracy, Binary, BinaryFn, Unary, UnaryFn, random_tensor},
@@ -326,76 +325,4 @@ fn fusion_changes_nothing() {
             }
         }
     }
-}
-
-#[test]
-fn gradients_agree_with_differences() {
-    let (mut checked, mut bent) = (0, 0);
-    for s in samples() {
-        let outs = s.op.infer(&s.types).expect("checked above");
-        if outs.iter().chain(&s.types).all(|t| t.dtype != DType::F32) || outs[0].dtype != DType::F32 {
-            continue;
-        }
-        let mut g = Graph::default();
-        let values: Vec<_> = s.types.iter().enumerate().map(|(k, ty)| g.input(format!("in{k}"), ty.clone())).collect();
-        let loss = g.ops(s.op.clone(), &values).expect("checked above")[0];
-        let seed = g.input("seed", outs[0].clone());
-        // Operations without a gradient say so; that is tested where gradients are asked for.
-        let Ok(grads) = g.grad(loss, seed) else { continue };
-        let mut random = sequence(7);
-        let weight = random_tensor(&outs[0], &mut random);
-        let given: Vec<&Tensor> = s.ins.iter().chain([&weight]).collect();
-        let results = evaluate(&g, &given);
-        let objective = |ins: &[Tensor]| -> f64 {
-            let y = s.op.eval(&refs(ins)).remove(0);
-            y.as_f32().iter().zip(weight.as_f32()).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum()
-        };
-        for (k, v) in values.iter().enumerate() {
-            let (Some(grad), true) = (grads[v.0 as usize], s.types[k].dtype == DType::F32) else { continue };
-            let grad = results[grad.0 as usize].as_f32();
-            for i in (0..grad.len()).step_by(grad.len().div_ceil(5)) {
-                let slope = |eps: f32| {
-                    let at = |delta: f32| {
-                        let mut ins = s.ins.clone();
-                        let Data::F32(x) = &mut ins[k].data else { unreachable!("a float operand") };
-                        x[i] += delta;
-                        objective(&ins)
-                    };
-                    (at(eps) - at(-eps)) / (2.0 * f64::from(eps))
-                };
-                let (wide, slope) = (slope(1e-2), slope(5e-3));
-                let bound = 2e-2 * slope.abs().max(1.0);
-                // Differences say nothing where the function bends within a step, as near a pole.
-                if (wide - slope).abs() > bound / 2.0 {
-                    bent += 1;
-                    continue;
-                }
-                checked += 1;
-                let gap = (slope - f64::from(grad[i])).abs();
-                assert!(gap <= bound, "{}: d operand {k}[{i}] is {}, expected {slope}", s.name, grad[i]);
-            }
-        }
-    }
-    assert!(checked > 20 * bent && checked > 50, "{checked} derivatives checked, {bent} not");
-}
-
-/// All values of a graph of inputs, literals and operations.
-fn evaluate(g: &Graph, given: &[&Tensor]) -> Vec<Tensor> {
-    let (mut values, mut next): (Vec<Tensor>, usize) = (vec![], 0);
-    for node in g.nodes() {
-        match &node.kind {
-            Kind::Input(_) => {
-                values.push(given[next].clone());
-                next += 1;
-            }
-            Kind::Const(t) => values.push(t.clone()),
-            Kind::Op(op) => {
-                let ins: Vec<&Tensor> = node.ins.iter().map(|v| &values[v.0 as usize]).collect();
-                let outs = op.eval(&ins);
-                values.extend(outs);
-            }
-            other => unreachable!("a gradient has no {}", other.name()),
-        }
-    }
-    values
 }
