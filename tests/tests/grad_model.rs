@@ -1,7 +1,8 @@
 //! Gradients of the whole model against the executable specification: by reference semantics, and compiled on every emitter.
 //!
 //! Golden files sample every gradient and give its length. With int8 activations an activation on the other side of a rounding tie
-//! moves later layers, so that file bounds the median distance.
+//! moves later layers, so that file bounds the median distance. What a knot reads back is as discontinuous: one last bit of the embedding
+//! turns a bit of a sketch, which moves the gradients of its gate and its projection by percents and no others.
 
 use std::collections::HashMap;
 
@@ -76,7 +77,8 @@ fn check(file: &str, emitter: &str) {
     if cfg.quantization.activation == Activation::Float {
         let knot = f64::from(golden.tolerance("grad_rtol_knot_gate"));
         let rest = f64::from(golden.tolerance("grad_rtol"));
-        let bound = |name: &str| if name.ends_with("knot_gate") { knot } else { rest };
+        let read_back = |name: &str| name.contains(".knot_gate") || name.contains(".knot_proj");
+        let bound = |name: &str| if read_back(name) { knot } else { rest };
         let bad: Vec<_> = all.iter().filter(|(n, d)| *d > bound(n)).collect();
         assert!(bad.is_empty(), "{file}, {emitter}: {} of {}: {bad:?}", bad.len(), all.len());
     } else {

@@ -85,7 +85,7 @@ fn logits(cx: &mut Lower<'_>, vocab: usize, dz: Buf, row0: &Expr, rows: usize, v
         pieces(cx, rows, TILE, &|cx, r, tile| {
             let x0 = cx.b.bind((row0 + r) * n);
             let to = cx.b.bind(r * WIDTH + &q);
-            panel_product(cx, (h, &x0), (panels, &p0), [tile, n, PANEL], &|cx, i, lane, z| {
+            panel_product(cx, (h, &x0), (panels, &p0), [tile, 1, n, PANEL], &|cx, i, _, lane, z| {
                 cx.b.store(dz, &to + lane + i * WIDTH, z);
             });
         });
