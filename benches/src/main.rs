@@ -31,6 +31,7 @@ use chimera_frontends::config::Scale;
 use chimera_runtime::affinity::available_threads;
 use clap::{Parser, ValueEnum};
 use measure::Setup;
+use model::Single;
 
 /// Measures peaks, kernels and models; the table goes to stdout, progress to stderr.
 #[derive(Debug, Parser)]
@@ -50,9 +51,12 @@ struct Args {
     /// Measure processor time, for machines that do other work too; with one thread only
     #[arg(long)]
     processor_time: bool,
-    /// Print where the time of the dual forward of that scale goes, kernel by kernel, and measure nothing else (model)
+    /// Print where the time of an entry point at that scale goes, kernel by kernel, and measure nothing else (model)
     #[arg(long, value_name = "SCALE")]
     profile: Option<Scale>,
+    /// The entry point of the profile
+    #[arg(long, value_name = "ENTRY", default_value = "dual_loss", requires = "profile")]
+    entry: Single,
     /// Measure PyTorch and llama.cpp too, where that Python has them
     #[arg(long, value_name = "PYTHON", num_args = 0..=1, default_missing_value = "python3")]
     peers: Option<PathBuf>,
@@ -107,7 +111,7 @@ fn main() -> Result<()> {
             !args.record && args.json.is_none() && args.peers.is_none(),
             "--profile prints a table and has no rows"
         );
-        let table = profile::run(scale, &setup, args.quick, &mut show)?;
+        let table = profile::run(scale, args.entry, &setup, args.quick, &mut show)?;
         clear_progress();
         return print(&table);
     }

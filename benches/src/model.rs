@@ -15,6 +15,7 @@ use chimera_ir::plan::{Plan, Step, WeightKind};
 use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::text::Batch;
 use chimera_runtime::train::{Trainer, init};
+use clap::ValueEnum;
 
 use crate::machine;
 use crate::measure::{Case, Effort, Setup, measure, median};
@@ -43,7 +44,7 @@ const WORKLOADS: [Workload; 3] = [
 /// Tokens of the vocabulary.
 const VOCAB: usize = 8192;
 /// The entry point with all probes.
-pub const DUAL: &str = "dual_loss";
+const DUAL: &str = "dual_loss";
 
 const SEED: u64 = 1;
 /// Small, so that the weights stay those of a model that has just begun.
@@ -69,14 +70,41 @@ fn milliseconds<T>(times: usize, mut f: impl FnMut() -> Result<T>) -> Result<(T,
     }
 }
 
-/// A plan, and the rows that its making gave.
-fn plan_of(w: &Workload, setup: &Setup, times: usize, rows: &mut Vec<Row>) -> Result<Plan> {
+/// What is measured alone, entry by entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Single {
+    /// Losses under all probes of a step
+    DualLoss,
+    /// Cross-entropy of each row
+    Loss,
+    /// Cross-entropy and its gradient with respect to every weight
+    Grad,
+}
+
+impl Single {
+    fn kind(self) -> EntryKind {
+        match self {
+            Single::DualLoss => EntryKind::DualLoss(scheme()),
+            Single::Loss => EntryKind::Loss,
+            Single::Grad => EntryKind::Grad,
+        }
+    }
+
+    /// The name of the entry point.
+    pub fn name(self) -> &'static str {
+        self.kind().name()
+    }
+}
+
+/// A plan of one entry point, or of all, and the rows that its making gave.
+fn plan_of(w: &Workload, single: Option<Single>, setup: &Setup, times: usize, rows: &mut Vec<Row>) -> Result<Plan> {
     let model = preset(w.scale, &Overrides { vocab_size: Some(VOCAB), ..Overrides::default() })?.model;
     let balance = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
     let rule = UpdateRule { balance, ..UpdateRule::default() };
     let spec = |kind, rows, tokens| EntrySpec { kind, rows, tokens, depth: None };
-    let mut entries = vec![spec(EntryKind::DualLoss(scheme()), w.rows, w.tokens)];
-    if w.whole {
+    let mut entries = vec![spec(single.unwrap_or(Single::DualLoss).kind(), w.rows, w.tokens)];
+    if w.whole && single.is_none() {
         entries.extend([
             spec(EntryKind::Loss, w.rows, w.tokens),
             spec(EntryKind::Update(scheme(), rule), w.rows, w.tokens),
@@ -150,7 +178,7 @@ fn outputs(exe: &Executable, entry: &str, out: &mut Vec<u32>) -> Result<()> {
 fn answers(exe: &mut Executable) -> Result<Vec<u32>> {
     let mut out = vec![];
     exe.reset_states();
-    for (entry, times) in [(DUAL, 1), ("loss", 1), ("prefill", 1), ("decode", DECODED)] {
+    for (entry, times) in [(DUAL, 1), ("loss", 1), ("grad", 1), ("prefill", 1), ("decode", DECODED)] {
         for _ in 0..if exe.plan().entry(entry).is_some() { times } else { 0 } {
             exe.run(entry)?;
             outputs(exe, entry, &mut out)?;
@@ -169,15 +197,15 @@ fn step_answers(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<u32>> {
     Ok(out)
 }
 
-/// The dual forward of a model at that scale, checked.
+/// A model at that scale with one entry point, checked.
 ///
 /// # Errors
 /// When it cannot be compiled or run, or gives a wrong answer.
-pub fn dual_forward(scale: Scale, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Result<Executable> {
+pub fn alone(scale: Scale, single: Single, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Result<Executable> {
     let known = WORKLOADS.iter().find(|w| w.scale == scale).copied();
-    let w = Workload { whole: false, ..known.unwrap_or(Workload { scale, rows: 1, tokens: 128, whole: false }) };
+    let w = known.unwrap_or(Workload { scale, rows: 1, tokens: 128, whole: false });
     progress(&format!("compile {scale}"));
-    let plan = plan_of(&w, setup, 1, &mut vec![])?;
+    let plan = plan_of(&w, Some(single), setup, 1, &mut vec![])?;
     let input = batch(&w);
     progress(&format!("check {scale}"));
     let want = answers(&mut executable(&plan, &input, &setup.options(setup.other()))?)?;
@@ -251,7 +279,7 @@ fn cases(
 ) -> Result<Vec<Case>> {
     let (name, threads, other) = (w.scale.name(), setup.threads, setup.other());
     progress(&format!("compile {name}"));
-    let plan = plan_of(w, setup, times, rows)?;
+    let plan = plan_of(w, None, setup, times, rows)?;
     let input = batch(w);
     let before = machine::resident();
     let mut exe = executable(&plan, &input, &setup.options(threads))?;

@@ -8,7 +8,7 @@ use chimera_frontends::config::Scale;
 use chimera_runtime::exec::{KernelTime, Work};
 
 use crate::measure::{Effort, Setup, measure};
-use crate::model;
+use crate::model::{self, Single};
 use crate::peaks::{self, DRAM, FMA, TERNARY};
 
 /// Time that is profiled.
@@ -42,11 +42,11 @@ fn line(out: &mut String, kernel: &str, runs: f64, times: [Duration; 2], work: W
     );
 }
 
-/// The profile of the dual forward of a model at that scale, as text: peaks first.
+/// The profile of an entry point of a model at that scale, as text: peaks first.
 ///
 /// # Errors
 /// When it cannot be compiled or run, or gives a wrong answer.
-pub fn run(scale: Scale, setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<String> {
+pub fn run(scale: Scale, single: Single, setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result<String> {
     progress("peaks");
     let effort = Effort { rounds: 5, burst: peaks::BURST };
     let rows = measure(&mut peaks::cases(setup)?, effort, setup, progress)?;
@@ -55,14 +55,14 @@ pub fn run(scale: Scale, setup: &Setup, quick: bool, progress: &mut dyn FnMut(&s
         anyhow::Ok((id, row.value))
     };
     let peaks = [find(TERNARY)?, find(FMA)?, find(DRAM)?];
-    let mut exe = model::dual_forward(scale, setup, progress)?;
-    exe.run(model::DUAL)?;
+    let mut exe = model::alone(scale, single, setup, progress)?;
+    exe.run(single.name())?;
     progress("profile");
     // Totals only, no spans.
     exe.start_trace(0);
     let (start, mut runs) = (Instant::now(), 0);
     while runs == 0 || start.elapsed() < if quick { QUICK } else { FULL } {
-        exe.run(model::DUAL)?;
+        exe.run(single.name())?;
         runs += 1;
     }
     let trace = exe.end_trace().context("a trace was started")?;
@@ -74,7 +74,7 @@ pub fn run(scale: Scale, setup: &Setup, quick: bool, progress: &mut dyn FnMut(&s
     let n = f64::from(runs);
     let total = table.time().div_f64(n);
     let floors = |kernels: &[KernelTime]| kernels.iter().map(|k| bound(k.work, &peaks).1).sum::<f64>() / n;
-    let _ = writeln!(out, "dual_forward.{scale}, {} threads, mean of {runs} runs", setup.threads);
+    let _ = writeln!(out, "{}.{scale}, {} threads, mean of {runs} runs", single.name(), setup.threads);
     let _ = writeln!(out, " share   time ms    runs   GMAC/s  GFLOP/s    GB/s reached of peak          kernel");
     for k in table.kernels.iter().take(LINES) {
         let work = k.work * (1.0 / n);

@@ -1,6 +1,8 @@
 //! Normalisation of groups of columns, with an optional gain.
 
-use super::{Accuracy, Axis, Binary, BinaryFn, Flops, InferError, NormGrad, OpDef, Reshape, SumTo, VjpCx, check, long::long};
+use super::{
+    Accuracy, Axis, Binary, BinaryFn, Flops, InferError, NormGrad, OpDef, Reshape, SumTo, VjpCx, check, long::long,
+};
 use crate::{
     DType, Tensor, Type, Value,
     loops::{Acc, Buf, Expr, f32c, math},
