@@ -39,14 +39,19 @@ fn distances(golden: &Golden, grads: &HashMap<String, Tensor>) -> Vec<(String, f
     all
 }
 
-/// The outputs of the gradient of a file on an emitter, with another loop depth than the configuration's if it is given.
-fn run(golden: &Golden, emitter: &str, depth: Option<Depth>, more: Option<(&str, Tensor)>) -> Tensors {
+/// The outputs of the gradient of a file on an emitter and threads, with another loop depth than the configuration's if it is given.
+fn run(
+    golden: &Golden,
+    (emitter, threads): (&str, usize),
+    depth: Option<Depth>,
+    more: Option<(&str, Tensor)>,
+) -> Tensors {
     let weights = Golden::open("model_params").with_prefix("");
     let [rows, tokens] = golden.tensor("in.tokens").ty.dims[..] else { panic!("tokens are a matrix") };
     let spec = EntrySpec { kind: EntryKind::Grad, rows, tokens, depth };
     let options = Options { entries: vec![spec], ..Options::default() };
     let plan = compile(&golden.model(), &options).expect("the gradient compiles");
-    let mut exe = Executable::new(plan, &exec_options(emitter, 2)).expect("the plan is executable");
+    let mut exe = Executable::new(plan, &exec_options(emitter, threads)).expect("the plan is executable");
     for w in exe.plan().weights.clone() {
         let t = &weights[&w.name];
         exe.set_weight(&w.name, &t.ty.dims, t.as_f32()).expect("the weight fits");
@@ -60,7 +65,7 @@ fn run(golden: &Golden, emitter: &str, depth: Option<Depth>, more: Option<(&str,
 
 fn check(file: &str, emitter: &str) {
     let golden = Golden::open(file);
-    let (cfg, out) = (golden.model(), run(&golden, emitter, None, None));
+    let (cfg, out) = (golden.model(), run(&golden, (emitter, 2), None, None));
     let gap = (out["loss"].to_f32()[0] - golden.tensor("out.loss").as_f32()[0]).abs();
     assert!(gap <= golden.tolerance("loss"), "{file}, {emitter}: the loss is {gap} off");
 
@@ -103,12 +108,27 @@ fn rows_of_their_own_depth() {
     let golden = Golden::open("model_none");
     let emitter = emitters()[0].name();
     for depth in [1, 2, 3] {
-        let fixed = run(&golden, emitter, Some(Depth::Fixed(depth)), None);
+        let fixed = run(&golden, (emitter, 2), Some(Depth::Fixed(depth)), None);
         let given = ("depth", Tensor::i32(&[3], vec![depth as i32; 3]));
-        let own = run(&golden, emitter, Some(Depth::PerRow { max: 3, adaptive: false }), Some(given));
+        let own = run(&golden, (emitter, 2), Some(Depth::PerRow { max: 3, adaptive: false }), Some(given));
         for (name, want) in fixed.iter().filter(|(n, _)| n.starts_with("grad.")) {
             let [got, want] = [&own[name], want].map(|t| Tensor::f32(t.shape(), t.to_f32()));
             assert_near(&format!("depth {depth}: {name}"), &got, &want, 1e-3);
         }
+    }
+}
+
+#[test]
+fn emitters_and_threads_do_not_show() {
+    let golden = Golden::open("model_absmax_per_block");
+    let bits = |way| -> std::collections::BTreeMap<String, Vec<u32>> {
+        let out = run(&golden, way, None, None);
+        out.iter().map(|(n, t)| (n.clone(), t.to_f32().iter().map(|x| x.to_bits()).collect())).collect()
+    };
+    let want = bits((emitters()[0].name(), 1));
+    for e in emitters() {
+        let got = bits((e.name(), 2));
+        let differ: Vec<&String> = want.iter().filter(|(n, bits)| got[*n] != **bits).map(|(n, _)| n).collect();
+        assert!(differ.is_empty() && got.len() == want.len(), "{}: {differ:?}", e.name());
     }
 }
