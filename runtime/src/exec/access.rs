@@ -131,7 +131,8 @@ impl Executable {
             if needed > allowed {
                 return Err(ExecError::Memory { what: WEIGHTS, needed, allowed: Some(allowed) });
             }
-            let block = Block::zeroed(needed).ok_or(ExecError::Memory { what: WEIGHTS, needed, allowed: None })?;
+            let block = Block::zeroed(&mut self.regions, needed);
+            let block = block.ok_or(ExecError::Memory { what: WEIGHTS, needed, allowed: None })?;
             self.bytes += needed;
             self.table.move_weight(i, block.address(0, needed as usize));
             self.memory.weights[i] = WeightMemory::Own(block);

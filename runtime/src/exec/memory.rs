@@ -1,11 +1,11 @@
-//! The memory of an execution: zeroed blocks at multiples of 64, and the typed views on them.
+//! Blocks of an execution's memory, zeroed and at multiples of 64, and the typed views on them.
 //!
 //! A block never moves and never changes size, so addresses taken from it stay valid as long as it lives.
 
+use super::region::{Region, Regions};
 use crate::files::MappedSlice;
 use chimera_ir::DType;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Alignment of every block and of every buffer inside it.
 pub(super) const ALIGN: usize = 64;
@@ -40,35 +40,21 @@ pub(super) fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-/// What the system's allocator zeroes without touching; it would write the zeros of a larger alignment itself.
-const LAZY_ALIGN: usize = 16;
-
-/// A zeroed allocation. Pages of large blocks that are never touched cost no memory where the system maps them lazily.
+/// Zeroed bytes of a region. Pages of large regions that are never touched cost no memory where the system maps them lazily.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// First byte, at a multiple of [`ALIGN`].
-    at: NonNull<u8>,
+    /// First byte in the region, a multiple of [`ALIGN`].
+    at: usize,
     bytes: usize,
-    allocation: NonNull<u8>,
-    layout: Layout,
+    region: Arc<Region>,
 }
-
-// SAFETY: a block owns its bytes; all access goes through the borrow rules of its owner.
-unsafe impl Send for Block {}
-// SAFETY: as above.
-unsafe impl Sync for Block {}
 
 impl Block {
     /// A block of at least one byte; `None` when the system has no such memory.
-    pub(super) fn zeroed(bytes: u64) -> Option<Block> {
+    pub(super) fn zeroed(regions: &mut Regions, bytes: u64) -> Option<Block> {
         let bytes = usize::try_from(bytes.max(1)).ok()?;
-        let layout = Layout::from_size_align(bytes.checked_add(ALIGN - LAZY_ALIGN)?, LAZY_ALIGN).ok()?;
-        // SAFETY: the size is not zero.
-        let allocation = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        let skip = allocation.addr().get().next_multiple_of(ALIGN) - allocation.addr().get();
-        // SAFETY: the allocation starts at a multiple of `LAZY_ALIGN`, so `skip` is at most the bytes added for it.
-        let at = unsafe { allocation.add(skip) };
-        Some(Block { at, bytes, allocation, layout })
+        let (region, at) = regions.take(bytes)?;
+        Some(Block { at, bytes, region })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -84,8 +70,7 @@ impl Block {
             at.checked_add(bytes).is_some_and(|end| end <= self.bytes()),
             "a verified plan stays inside its memory"
         );
-        // SAFETY: inside the allocation by the assertion.
-        unsafe { self.at.as_ptr().add(at) }
+        self.region.address(self.at + at, bytes).as_ptr()
     }
 
     /// `len` elements from byte `at`.
@@ -106,13 +91,6 @@ impl Block {
         assert!(address.is_aligned(), "buffers start at multiples of {ALIGN}");
         // SAFETY: as in `slice`, and `self` is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(address, len) }
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout, and freed once.
-        unsafe { dealloc(self.allocation.as_ptr(), self.layout) }
     }
 }
 
@@ -170,7 +148,7 @@ mod tests {
     fn untouched_pages_cost_no_memory() {
         let resident = || crate::train::metrics::resident_bytes().expect("statistics of the process");
         let (size, before) = (1usize << 28, resident());
-        let mut block = Block::zeroed(size as u64).expect("256 megabytes");
+        let mut block = Block::zeroed(&mut Regions::default(), size as u64).expect("256 megabytes");
         assert!(resident() < before + size as u64 / 4, "{} bytes more are resident", resident() - before);
         assert_eq!(block.slice::<u8>(size - 1, 1), [0]);
         block.slice_mut::<u8>(0, size / 2).fill(1);
@@ -179,13 +157,16 @@ mod tests {
 
     #[test]
     fn blocks_are_zeroed_aligned_and_bounded() {
-        let mut block = Block::zeroed(100).expect("100 bytes");
+        let mut regions = Regions::default();
+        let mut block = Block::zeroed(&mut regions, 100).expect("100 bytes");
+        let mut other = Block::zeroed(&mut regions, 64).expect("64 bytes");
+        other.slice_mut::<u8>(0, 64).fill(9);
         assert_eq!(block.address(0, 100) as usize % ALIGN, 0);
         assert!(block.slice::<u8>(0, 100).iter().all(|&x| x == 0));
         block.slice_mut::<f32>(64, 2)[1] = 1.0;
         assert_eq!(bytes_of(block.slice::<f32>(64, 2)), [0, 0, 0, 0, 0, 0, 0x80, 0x3F]);
         assert!(std::panic::catch_unwind(|| block.slice::<u8>(1, 100).len()).is_err());
         assert!(std::panic::catch_unwind(|| block.slice::<i32>(2, 1).len()).is_err());
-        assert!(Block::zeroed(u64::MAX).is_none());
+        assert!(Block::zeroed(&mut regions, u64::MAX).is_none());
     }
 }

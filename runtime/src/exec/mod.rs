@@ -8,6 +8,7 @@ mod access;
 mod error;
 mod memory;
 mod program;
+mod region;
 #[cfg(test)]
 mod tests;
 mod trace;
@@ -26,6 +27,7 @@ use chimera_codegen::{Allowed, Module, Target, compile_with, host};
 use chimera_ir::plan::{self, Place, Plan, Step, WeightKind};
 use memory::{ALIGN, Block, WeightMemory, bytes_of};
 use program::{Flat, Memory, Table};
+use region::Regions;
 use std::path::PathBuf;
 
 /// The entry point that derives persistent memory from the weights.
@@ -125,6 +127,8 @@ pub struct Executable {
     /// One region of `scratch_stride` bytes for each worker.
     scratch: Block,
     scratch_stride: usize,
+    /// Where weights that are given values later find memory.
+    regions: Regions,
     bytes: u64,
     max_bytes: u64,
     /// What a trace has recorded so far.
@@ -168,26 +172,41 @@ impl Executable {
         let module = compile_with(&plan.kernels, &options.target, &options.emitters, cache);
         let module = module.map_err(ExecError::Compile)?;
         let pool = Pool::new(threads).map_err(ExecError::Threads)?;
-        let block = |what, needed| Block::zeroed(needed).ok_or(ExecError::Memory { what, needed, allowed: None });
-        let weight = |i: usize| match eager[i] {
+        let sizes = (0..plan.weights.len()).filter(|&i| eager[i]).map(|i| weight_bytes(&i));
+        let state_bytes = |s: usize| program::stride(&plan, s) as u64 * u64::from(plan.states[s].copies);
+        let scratch_bytes = scratch_stride as u64 * threads as u64;
+        let inputs = plan.entries.iter().flat_map(|e| &e.inputs).map(|i| plan.buffer(i.1).ty.bytes() as u64);
+        let sizes = sizes.chain((0..plan.states.len()).map(state_bytes)).chain(inputs).chain([
+            plan.arena(),
+            plan.persistent,
+            scratch_bytes,
+        ]);
+        let mut regions = Regions::with_room(sizes.map(|n| n.max(1))).ok_or(ExecError::Memory {
+            what: "all memory",
+            needed: bytes,
+            allowed: None,
+        })?;
+        let mut block =
+            |what, needed| Block::zeroed(&mut regions, needed).ok_or(ExecError::Memory { what, needed, allowed: None });
+        let mut weight = |i: usize| match eager[i] {
             true => Ok(WeightMemory::Own(block("a weight", weight_bytes(&i))?)),
             false => Ok(WeightMemory::Unset),
         };
-        let state = |s: usize| block("a state", program::stride(&plan, s) as u64 * u64::from(plan.states[s].copies));
+        let weights = (0..plan.weights.len()).map(&mut weight).collect::<Result<_, ExecError>>()?;
         let mut memory = Memory {
             arena: block("the arena", plan.arena())?,
             persistent: block("persistent memory", plan.persistent)?,
-            weights: (0..plan.weights.len()).map(weight).collect::<Result<_, ExecError>>()?,
-            states: (0..plan.states.len()).map(state).collect::<Result<_, _>>()?,
+            weights,
+            states: (0..plan.states.len()).map(|s| block("a state", state_bytes(s))).collect::<Result<_, _>>()?,
         };
         write_constants(&plan, &mut memory);
         let mut table = Table::with_capacity(table_len as usize, plan.weights.len());
         let entries: Vec<Flat> = plan.entries.iter().map(|e| table.flatten(&plan, &memory, e)).collect();
-        let input = |i: &(String, plan::BufferId)| {
+        let mut input = |i: &(String, plan::BufferId)| {
             Ok(Input { value: block("an input", plan.buffer(i.1).ty.bytes() as u64)?, set: false })
         };
         let inputs =
-            plan.entries.iter().map(|e| e.inputs.iter().map(input).collect()).collect::<Result<_, ExecError>>()?;
+            plan.entries.iter().map(|e| e.inputs.iter().map(&mut input).collect()).collect::<Result<_, ExecError>>()?;
         let prepare = plan.entries.iter().position(|e| e.name == PREPARE);
         let depends = |e: &Flat| prepare.is_some_and(|p| e.depends_on(&entries[p]));
         let mut prepared: Vec<bool> = entries.iter().map(depends).collect();
@@ -195,7 +214,7 @@ impl Executable {
             prepared[p] = false;
         }
         let weight_set = plan.weights.iter().map(|w| w.kind == WeightKind::Optimizer).collect();
-        let scratch = block("scratch memory", scratch_stride as u64 * threads as u64)?;
+        let scratch = block("scratch memory", scratch_bytes)?;
         Ok(Executable {
             prepare: prepare.map(EntryId),
             stale: true,
@@ -211,6 +230,7 @@ impl Executable {
             weight_set,
             scratch,
             scratch_stride,
+            regions,
             bytes,
             max_bytes: options.max_bytes,
             trace: None,
