@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use chimera_ir::Data;
 use chimera_ir::loops::{BufDecl, Kernel, Role};
+use memmap2::MmapMut;
 
 use crate::{Allowed, CodegenError, Module, Target, compile};
 
@@ -31,17 +32,27 @@ impl fmt::Display for TrialError {
 
 impl std::error::Error for TrialError {}
 
-/// Memory aligned to 64.
-#[derive(Clone, Debug)]
-struct Bytes(Vec<[u64; 8]>);
+/// Zeroed pages of their own, huge ones where the system has them, as the runtime's memory is.
+#[derive(Debug)]
+struct Bytes(MmapMut);
+
+/// A huge page; mappings of a multiple of it start at one.
+const HUGE: usize = 2 << 20;
 
 impl Bytes {
-    fn zeros(len: usize) -> Bytes {
-        Bytes(vec![[0; 8]; len.div_ceil(64)])
+    fn zeros(len: usize) -> Result<Bytes, TrialError> {
+        let whole = if len < HUGE { len.max(1) } else { len.next_multiple_of(HUGE) };
+        let map = MmapMut::map_anon(whole);
+        let map = map.map_err(|e| TrialError::Contents(format!("{len} bytes of memory cannot be had: {e}")))?;
+        // Small pages are right too, only slower.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Bytes(map))
     }
 
-    fn of(data: &Data) -> Bytes {
-        let mut bytes = Bytes::zeros(data.len() * data.dtype().size());
+    fn of(data: &Data) -> Result<Bytes, TrialError> {
+        let len = data.len() * data.dtype().size();
+        let mut bytes = Bytes::zeros(len)?;
         let from: *const u8 = match data {
             Data::F32(v) => v.as_ptr().cast(),
             Data::F64(v) => v.as_ptr().cast(),
@@ -52,12 +63,12 @@ impl Bytes {
             Data::I32(v) => v.as_ptr().cast(),
         };
         // SAFETY: the elements are plain numbers of this many bytes, and the memory was made for as many.
-        unsafe { std::ptr::copy_nonoverlapping(from, bytes.start(), data.len() * data.dtype().size()) };
-        bytes
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.start(), len) };
+        Ok(bytes)
     }
 
     fn start(&mut self) -> *mut u8 {
-        self.0.as_mut_ptr().cast()
+        self.0.as_mut_ptr()
     }
 }
 
@@ -68,8 +79,8 @@ pub struct Trial {
     grids: Vec<i64>,
     /// Private memory of each worker, enough for every kernel.
     scratch: Vec<Bytes>,
-    /// Sets of arguments that runs take in turn.
-    sets: Vec<Vec<Bytes>>,
+    /// Sets of arguments that runs take in turn; what a set lacks is that of the first.
+    sets: Vec<Vec<Option<Bytes>>>,
     /// The set of the next run.
     next: usize,
 }
@@ -111,18 +122,14 @@ impl Trial {
         }
         let module = compile(kernels, target, allowed).map_err(TrialError::Codegen)?;
         let scratch = kernels.iter().map(Kernel::scratch_bytes).max().unwrap_or(0);
-        let first: Vec<Bytes> = contents.iter().map(Bytes::of).collect();
-        let mut sets = vec![first];
-        // Later sets differ in what is streamed; the rest is copied too but small.
-        for _ in 1..copies.max(1) {
-            let again =
-                (0..contents.len()).map(|i| if streamed.contains(&i) { sets[0][i].clone() } else { Bytes(vec![]) });
-            sets.push(again.collect());
-        }
+        let own =
+            |set: usize, i: usize| (set == 0 || streamed.contains(&i)).then(|| Bytes::of(&contents[i])).transpose();
+        let set = |set| (0..contents.len()).map(|i| own(set, i)).collect::<Result<Vec<_>, _>>();
+        let sets = (0..copies.max(1)).map(set).collect::<Result<Vec<_>, _>>()?;
         Ok(Trial {
             module,
             grids: kernels.iter().map(|k| k.grid as i64).collect(),
-            scratch: vec![Bytes::zeros(scratch); threads.max(1)],
+            scratch: (0..threads.max(1)).map(|_| Bytes::zeros(scratch)).collect::<Result<_, _>>()?,
             sets,
             next: 0,
         })
@@ -141,12 +148,14 @@ impl Trial {
     pub fn time(&mut self, which: usize, threads: usize, times: usize) -> Duration {
         assert!(threads >= 1 && threads <= self.scratch.len(), "a trial has memory for the workers it was made for");
         let (entry, grid, n) = (self.module.entry(which).clone(), self.grids[which], self.sets.len());
-        let shared: Vec<*mut u8> = self.sets[0].iter_mut().map(Bytes::start).collect();
-        let own = |set: &mut Vec<Bytes>| -> Vec<*mut u8> {
-            let pick = |(b, &first): (&mut Bytes, &*mut u8)| if b.0.is_empty() { first } else { b.start() };
-            set.iter_mut().zip(&shared).map(pick).collect()
+        let starts = |set: &mut Vec<Option<Bytes>>| -> Vec<Option<*mut u8>> {
+            set.iter_mut().map(|b| b.as_mut().map(Bytes::start)).collect()
         };
-        let args = self.sets.iter_mut().map(own).collect();
+        let starts: Vec<_> = self.sets.iter_mut().map(starts).collect();
+        let shared = |i: usize| starts[0][i].expect("the first set has all arguments");
+        let own =
+            |set: &Vec<Option<*mut u8>>| set.iter().enumerate().map(|(i, b)| b.unwrap_or_else(|| shared(i))).collect();
+        let args = starts.iter().map(own).collect();
         let run = Run { args, scratch: self.scratch.iter_mut().map(Bytes::start).collect() };
         let (first, run) = (self.next, &run);
         self.next = (first + times) % n;

@@ -144,12 +144,7 @@ impl Chains<'_> {
         let c = cx.b.bind(b * s.span + c);
         let products: Vec<_> = self.each().map(|_| cx.b.local(i32c(0))).collect();
         let k0 = cx.b.bind(&c * (s.piece / 4));
-        if let Some((packed, from)) = self.packed {
-            for line in 0..(words * BLOCK_ROWS).div_ceil(LINE) {
-                cx.b.prefetch(packed, (&k0 * 8 + from) * 4 + (parts.t.ahead + line * LINE));
-            }
-        }
-        cx.each(0, words, |cx, k| {
+        let step = |cx: &mut Lower<'_>, k: Expr| {
             let k = cx.b.bind(&k0 + k);
             let word = |r: usize| Expr::word(parts.codes, x + &k + r * (s.np / 4));
             let codes = (self.codes)(cx, &k, self.lane);
@@ -168,7 +163,18 @@ impl Chains<'_> {
                     cx.b.set(p, Expr::from(p).dot4(&code, word));
                 }
             }
-        });
+        };
+        if let Some((packed, from)) = self.packed {
+            // One hint for each line of codes, between the products: many at once would wait for each other.
+            let each = LINE / BLOCK_ROWS;
+            let ahead = cx.b.bind((&k0 * 8 + from) * 4 + parts.t.ahead);
+            cx.each(0, words / each, |cx, line| {
+                cx.b.prefetch(packed, &ahead + &line * LINE);
+                (0..each).for_each(|i| step(cx, &line * each + i));
+            });
+        } else {
+            cx.each(0, words, |cx, k| step(cx, k));
+        }
         for (i, (r, q)) in self.each().enumerate() {
             let scale = if parts.op.block == 0 { int(0) } else { c.clone() };
             let scale = Expr::load(parts.scales, a + scale + r * s.nc);

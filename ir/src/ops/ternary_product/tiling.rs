@@ -27,7 +27,7 @@ const INSTANCES: [usize; 3] = [4, 2, 16];
 /// Weight blocks of an instance share the sums of its rows.
 const BLOCKS: usize = 16;
 /// How far ahead packed codes are asked for, in bytes.
-const AHEAD: [usize; 3] = [4096, 0, 1024];
+const AHEAD: [usize; 4] = [4096, 0, 2048, 8192];
 
 /// How the rows and columns of one instance are worked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +71,11 @@ impl Extents {
         self.rows.div_ceil(self.rows.div_ceil(most)).next_multiple_of(tile)
     }
 
-    /// As many blocks for each instance as leave `instances` of them.
+    /// Blocks of an instance: equal shares, so that there are `instances` of them or a multiple.
     fn blocks(&self, rows: usize, instances: usize) -> usize {
-        let fits = |n: &usize| self.leads * self.rows.div_ceil(rows) * self.blocks.div_ceil(*n) >= instances;
-        (1..=BLOCKS.min(self.blocks)).rev().find(fits).unwrap_or(1)
+        let wanted = instances.div_ceil(self.leads * self.rows.div_ceil(rows)).max(1);
+        let shares = self.blocks.div_ceil(BLOCKS).next_multiple_of(wanted);
+        self.blocks.div_ceil(shares)
     }
 }
 

@@ -11,38 +11,40 @@ use super::{Bound, Lower, Slot};
 use crate::shape::Shape;
 use crate::walk::{self, Counts};
 
-/// Steps that cannot overflow: `42 * 768 < 2^15`.
+/// Additions that cannot overflow: `42 * 768 < 2^15`.
 const STEPS: i64 = 42;
-/// Steps of a part of a longer loop.
+/// Additions of a part of a longer loop.
 const PART: i64 = 32;
 
 impl Lower<'_> {
     /// Lower the loop in this way, if it is one whose byte products deserve it.
     pub(super) fn dots_loop(&mut self, var: Var, lo: Bound, trips: Option<i64>, step: i64, body: &[Stmt]) -> bool {
         let Some(trips) = trips.filter(|&n| n > 1 && !self.has_dot) else { return false };
-        let sums = self.byte_sums(body);
-        if sums.is_empty() {
+        let (sums, each) = self.byte_sums(body);
+        let part = PART / each;
+        if sums.is_empty() || part == 0 {
             return false;
         }
-        self.keep_zeros(|v| trips <= STEPS && sums.contains(&v));
-        if trips <= STEPS {
+        let whole = trips * each <= STEPS;
+        self.keep_zeros(|v| whole && sums.contains(&v));
+        if whole {
             self.in_halves(var, lo, trips, step, body, &sums);
             return true;
         }
-        let full = trips / PART;
-        let end = self.further(lo, full * PART * step);
-        let at = self.counted(var, lo, end, Some(full), PART * step, &mut |lower| {
+        let full = trips / part;
+        let end = self.further(lo, full * part * step);
+        let at = self.counted(var, lo, end, Some(full), part * step, &mut |lower| {
             let outer = lower.slots[var.0 as usize].clone();
             let from = match &outer {
                 Slot::Form(l) if l.terms.is_empty() => Bound::Lit(l.konst),
                 Slot::Form(l) => Bound::Val(l.terms[0].1),
                 slot => unreachable!("a loop variable is a form, not {slot:?}"),
             };
-            lower.in_halves(var, from, PART, step, body, &sums);
+            lower.in_halves(var, from, part, step, body, &sums);
             lower.slots[var.0 as usize] = outer;
         });
-        if trips % PART > 0 {
-            self.in_halves(var, at, trips % PART, step, body, &sums);
+        if trips % part > 0 {
+            self.in_halves(var, at, trips % part, step, body, &sums);
         }
         true
     }
@@ -82,20 +84,29 @@ impl Lower<'_> {
         }
     }
 
-    /// Variables that the loop changes only by adding byte products once.
-    fn byte_sums(&self, body: &[Stmt]) -> Vec<Var> {
-        let Some(wide) = &self.wide else { return vec![] };
+    /// Variables that the loop changes only by adding byte products, and how many it adds to one of them at most.
+    fn byte_sums(&self, body: &[Stmt]) -> (Vec<Var>, i64) {
+        let Some(wide) = &self.wide else { return (vec![], 1) };
         let here = Counts::of(body, self.kernel.vars.len());
-        let sum = |s: &Stmt| match s {
-            Stmt::Let(v, Expr::Dot4(acc, ..)) if **acc == Expr::Var(*v) => Some(*v),
-            _ => None,
-        };
-        let alone = |v: &Var| here.assigned[v.0 as usize] == 1 && here.mentioned[v.0 as usize] == 1;
-        let mut found: Vec<Var> = body.iter().filter_map(sum).filter(alone).collect();
-        found.retain(|v| wide.lanes.var(*v) == Shape::Varying);
-        let mut nested = false;
-        walk::stmts(body, &mut |s| nested |= !matches!(s, Stmt::Let(..)));
-        if nested { vec![] } else { found }
+        let mut found: Vec<(Var, u32)> = vec![];
+        let mut other = false;
+        walk::stmts(body, &mut |s| match s {
+            Stmt::Let(v, Expr::Dot4(acc, ..)) if **acc == Expr::Var(*v) => match found.iter_mut().find(|f| f.0 == *v) {
+                Some(known) => known.1 += 1,
+                None => found.push((*v, 1)),
+            },
+            Stmt::Let(..) | Stmt::Prefetch(..) => {}
+            _ => other = true,
+        });
+        found.retain(|&(v, n)| {
+            let alone = here.assigned[v.0 as usize] == n && here.mentioned[v.0 as usize] == n;
+            alone && wide.lanes.var(v) == Shape::Varying
+        });
+        if other {
+            return (vec![], 1);
+        }
+        let most = found.iter().map(|f| i64::from(f.1)).max().unwrap_or(0);
+        (found.into_iter().map(|f| f.0).collect(), most.max(1))
     }
 
     fn in_halves(&mut self, var: Var, lo: Bound, trips: i64, step: i64, body: &[Stmt], sums: &[Var]) {
@@ -103,11 +114,11 @@ impl Lower<'_> {
         for v in sums {
             self.halves[v.0 as usize] = Some((0..n).map(|_| self.b.mutable(Class::Vec)).collect());
         }
-        // The first step sets what the others add to.
-        self.fresh = true;
+        // The first addition of the first step sets what the others add to.
+        self.fresh = sums.to_vec();
         let end = self.further(lo, step);
         let at = self.counted(var, lo, end, Some(1), step, &mut |lower| lower.block(body));
-        self.fresh = false;
+        self.fresh.clear();
         let end = self.further(lo, trips * step);
         self.counted(var, at, end, Some(trips - 1), step, &mut |lower| lower.block(body));
         for v in sums {
@@ -132,13 +143,14 @@ impl Lower<'_> {
         let Some(halves) = self.halves[v.0 as usize].clone() else { return false };
         let Expr::Dot4(_, codes, bytes) = e else { unreachable!("found by its shape") };
         let w = self.w(Ty::I32);
+        let fresh = self.fresh.iter().position(|&f| f == v).map(|at| self.fresh.swap_remove(at)).is_some();
         let (codes, bytes) = (self.vector(codes), self.args(bytes));
         for (n, &d) in halves.iter().enumerate() {
             let since = self.b.now();
             let b = bytes[if bytes.len() == 1 { 0 } else { n }];
             let op = Op::Vec { op: VecOp::MulAddU8I8, w, d: NEW, a: codes[n], b };
             let pairs = self.b.pure_unless_memory(op);
-            if self.fresh {
+            if fresh {
                 self.b.assign(Class::Vec, d, pairs, since);
             } else {
                 self.b.push(Op::Vec { op: VecOp::AddI16, w, d, a: d, b: VecArg::Reg(pairs) });

@@ -72,7 +72,7 @@ struct Lower<'k> {
     widest: Width,
     /// Sums of 16 bits that stand for what a loop adds to a variable, and whether they are empty yet.
     halves: Vec<Option<Vec<Reg>>>,
-    fresh: bool,
+    fresh: Vec<Var>,
     /// Variables that are zero in all lanes and have no registers yet.
     zeros: Vec<Var>,
     /// Frame memory: stripes of the accumulators of a reduction, then lanes on their way between vectors and scalars.
@@ -126,7 +126,7 @@ pub(super) fn lower(kernel: &Kernel, target: &Target) -> Function {
         has_dot: super::has_dot(target),
         widest: super::encode::widest(target),
         halves: vec![None; n],
-        fresh: false,
+        fresh: vec![],
         zeros: vec![],
         stripes: vec![],
         transit: [None; 2],
