@@ -3,6 +3,7 @@
 //! The result is data; nothing here runs a model, and nothing here generates machine code.
 
 mod assemble;
+pub mod descend;
 mod fuse;
 pub mod inspect;
 pub mod memory;
@@ -12,6 +13,7 @@ mod rebuild;
 pub mod tuning;
 pub mod update;
 
+pub use descend::Descent;
 pub use fuse::Decisions;
 pub use passes::dual::Scheme;
 pub use pipeline::{CompileError, EntryKind, EntrySpec, Options, compile, compile_graphs, compile_observed};

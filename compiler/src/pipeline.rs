@@ -19,6 +19,7 @@ use chimera_ir::{
 
 use crate::{
     assemble::Assembler,
+    descend::{self, Descent},
     fuse::{Decisions, fuse},
     passes::{
         Budget, COMBINE, Pass, SIMPLIFY, STAGES,
@@ -38,6 +39,8 @@ pub enum EntryKind {
     Loss,
     /// `grad`: the loss, and its gradient with respect to every weight that can be trained.
     Grad,
+    /// `backward`: the loss; its gradient stays for `update`.
+    Backward,
     /// `logits`: all logits, states carried.
     Logits,
     /// `prefill`: states only, in chunks.
@@ -48,6 +51,8 @@ pub enum EntryKind {
     DualLoss(Scheme),
     /// `update`: the step of a scheme.
     Update(Scheme, UpdateRule),
+    /// `update`: the step of a descent along the gradient that `backward` has left.
+    Descend(Descent),
 }
 
 impl EntryKind {
@@ -56,11 +61,12 @@ impl EntryKind {
         match self {
             EntryKind::Loss => "loss",
             EntryKind::Grad => "grad",
+            EntryKind::Backward => "backward",
             EntryKind::Logits => "logits",
             EntryKind::Prefill => "prefill",
             EntryKind::Decode => "decode",
             EntryKind::DualLoss(_) => "dual_loss",
-            EntryKind::Update(..) => "update",
+            EntryKind::Update(..) | EntryKind::Descend(_) => "update",
         }
     }
 }
@@ -74,8 +80,8 @@ pub struct EntrySpec {
     pub rows: usize,
     /// Tokens of a row.
     pub tokens: usize,
-    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`] a depth for each row if
-    /// training draws it.
+    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`] and [`EntryKind::Backward`] a
+    /// depth for each row if training draws it.
     pub depth: Option<Depth>,
 }
 
@@ -89,7 +95,9 @@ impl fmt::Display for EntrySpec {
             Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
         }
         match &self.kind {
-            EntryKind::Loss | EntryKind::Grad | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
+            EntryKind::Loss | EntryKind::Grad | EntryKind::Backward => Ok(()),
+            EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
+            EntryKind::Descend(descent) => write!(f, " {descent:?}"),
             EntryKind::DualLoss(scheme) => write!(f, " {scheme:?}"),
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
         }
@@ -215,10 +223,12 @@ pub fn compile_observed(
     for spec in &options.entries {
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
-        if !options.packed.is_empty()
-            && matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Grad | EntryKind::Update(..))
-        {
-            let verb = if spec.kind == EntryKind::Grad { "needs" } else { "changes" };
+        let verb = match spec.kind {
+            EntryKind::Grad | EntryKind::Backward => Some("needs"),
+            EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) => Some("changes"),
+            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => None,
+        };
+        if let Some(verb) = verb.filter(|_| !options.packed.is_empty()) {
             return Err(CompileError::Option(format!(
                 "entry point {name} {verb} latents, which packed ternary weights have lost; leave it out or give float weights"
             )));
@@ -229,7 +239,7 @@ pub fn compile_observed(
         };
         let g = match &spec.kind {
             EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
-            EntryKind::Grad => {
+            EntryKind::Grad | EntryKind::Backward => {
                 let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
                 grad::unroll(&build(Head::Loss, Form::Chunked, false)?, half).map_err(fail("build"))?
             }
@@ -240,6 +250,7 @@ pub fn compile_observed(
                 let targets = targets(cfg, options);
                 update::graph(scheme, rule, scheme.members(spec.rows), &targets).map_err(fail("build"))?
             }
+            EntryKind::Descend(descent) => descend::graph(descent, &targets(cfg, options)).map_err(fail("build"))?,
         };
         graphs.push((spec.kind.clone(), spec.rows, g));
     }
@@ -252,7 +263,7 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_)) if l.stochastic => Depth::PerRow { max: l.range[1], adaptive: false },
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward) if l.stochastic => Depth::PerRow { max: l.range[1], adaptive: false },
         (Some(l), _) => Depth::Fixed(l.default),
         (None, _) => Depth::Fixed(1),
     });
@@ -327,6 +338,11 @@ fn stages(
                 g = grad::grad(&g, &trainable).map_err(Stages::error("transform", name))?;
                 true
             }
+            EntryKind::Backward => {
+                let kept = grad::grad(&g, &trainable).and_then(|g| descend::keep(&g));
+                g = kept.map_err(Stages::error("transform", name))?;
+                true
+            }
             _ => false,
         };
         if transformed {
@@ -341,7 +357,7 @@ fn stages(
         for pass in &SIMPLIFY[2..] {
             g = stages.run(pass, name, g)?;
         }
-        if !matches!(kind, EntryKind::Update(..)) {
+        if !matches!(kind, EntryKind::Update(..) | EntryKind::Descend(_)) {
             g = sweep(&prepare.hoist(&g).map_err(Stages::error("hoist", name))?);
         }
         stages.show("hoist", name, &g)?;

@@ -91,7 +91,7 @@ fn copy(
     }
 }
 
-/// The graph without nodes that nothing needs. Arguments of loops stay.
+/// The graph without nodes that nothing needs. Arguments of loops stay, and states that are written.
 pub(crate) fn sweep(old: &Graph) -> Graph {
     let mut live = vec![false; old.n_values()];
     for (_, v) in old.outputs.iter().chain(&old.writes) {
@@ -100,7 +100,8 @@ pub(crate) fn sweep(old: &Graph) -> Graph {
     let mut keep = vec![false; old.nodes().len()];
     for (i, node) in old.nodes().iter().enumerate().rev() {
         let effect = matches!(&node.kind, Kind::Repeat(r) if !r.body.writes.is_empty());
-        keep[i] = effect || matches!(node.kind, Kind::Input(_)) || node.outs.iter().any(|v| live[v.0 as usize]);
+        let written = matches!(&node.kind, Kind::State(name) if old.writes.iter().any(|(n, _)| n == name));
+        keep[i] = effect || written || matches!(node.kind, Kind::Input(_)) || node.outs.iter().any(|v| live[v.0 as usize]);
         if keep[i] {
             node.ins.iter().for_each(|v| live[v.0 as usize] = true);
         }

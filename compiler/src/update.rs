@@ -80,7 +80,7 @@ pub fn graph(scheme: &Scheme, rule: &UpdateRule, members: usize, targets: &[Targ
 }
 
 /// The side output that holds the load behind a selection bias.
-fn load_name(bias: &str) -> String {
+pub(crate) fn load_name(bias: &str) -> String {
     format!("load.{}", bias.trim_end_matches(".gate.e_score_correction_bias"))
 }
 

@@ -28,7 +28,8 @@ impl Golden {
         Golden { name: name.to_owned(), file }
     }
 
-    fn header(&self, key: &str) -> &str {
+    /// A text of the header.
+    pub fn header(&self, key: &str) -> &str {
         self.file.metadata().get(key).unwrap_or_else(|| panic!("golden file {}: no {key} in the header", self.name))
     }
 

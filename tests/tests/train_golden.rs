@@ -6,14 +6,14 @@
 use std::collections::HashMap;
 
 use chimera_codegen::host;
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{ParamKind, parameters};
-use chimera_ir::ops::Distribution;
+use chimera_ir::ops::{Descend, DescentRates, DescentRule, Distribution, Idle, OpDef};
 use chimera_ir::plan::{WeightDecl, WeightKind};
 use chimera_ir::{Tensor, Type};
 use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::text::Batch;
-use chimera_runtime::train::{Probed, Trainer, init};
+use chimera_runtime::train::{Decay, Probed, Schedule, Trainer, init};
 use chimera_tests::golden::Golden;
 
 /// One golden run.
@@ -29,18 +29,14 @@ struct Case {
 type Sample = (String, Vec<f32>, Vec<f32>, Vec<f32>);
 
 impl Case {
-    fn open(name: &str, scheme: &Scheme, rule: &UpdateRule, lr: f64, seed: u64) -> Case {
+    fn open(name: &str, kinds: [EntryKind; 2], lr: f64, seed: u64) -> Case {
         let golden = Golden::open(name);
         let before = Golden::open("model_params").with_prefix("");
         let ints = |name: &str| -> Vec<i32> { golden.tensor(name).to_i64().iter().map(|&x| x as i32).collect() };
         let [batch, seq] = golden.tensor("in.tokens").ty.dims[..] else { panic!("tokens are a matrix") };
         let batch = Batch { batch, seq, tokens: ints("in.tokens"), labels: ints("in.labels"), seg: ints("in.seg") };
         let spec = |kind| EntrySpec { kind, rows: batch.batch, tokens: batch.seq, depth: None };
-        let entries = vec![
-            spec(EntryKind::DualLoss(scheme.clone())),
-            spec(EntryKind::Update(scheme.clone(), rule.clone())),
-            spec(EntryKind::Loss),
-        ];
+        let entries = kinds.into_iter().chain([EntryKind::Loss]).map(spec).collect();
         let options = Options { target: host().to_string(), entries, ..Options::default() };
         let plan = compile(&golden.model(), &options).unwrap_or_else(|e| panic!("{name}: {e}"));
         let options = ExecOptions { threads: 2, ..ExecOptions::default() };
@@ -50,6 +46,11 @@ impl Case {
         }
         let trainer = Trainer::new(exec, seed).unwrap_or_else(|e| panic!("{name}: {e}"));
         Case { golden, before, trainer, batch, lr }
+    }
+
+    /// A run that probes.
+    fn probing(name: &str, scheme: &Scheme, rule: UpdateRule, lr: f64, seed: u64) -> Case {
+        Case::open(name, [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme.clone(), rule)], lr, seed)
     }
 
     fn step(&mut self, step: u64) -> Probed {
@@ -118,7 +119,7 @@ fn close(what: &str, found: f64, want: f32, tolerance: f32) {
 
 fn per_sequence(rank: usize) {
     let scheme = Scheme::PerSequence { rank, kappa: 0.1, sigma_vec: 0.01 };
-    let mut case = Case::open(&format!("train_per_sequence_rank{rank}"), &scheme, &UpdateRule::default(), 0.01, 77);
+    let mut case = Case::probing(&format!("train_per_sequence_rank{rank}"), &scheme, UpdateRule::default(), 0.01, 77);
     let [first, later] = ["losses_first_step", "losses_all_steps"].map(|t| case.golden.tolerance(t));
     let c_tolerance = case.golden.tolerance("c_normalised_first_step");
     let [plus, minus, c] = ["out.plus", "out.minus", "out.c_normalised"].map(|n| case.golden.tensor(n));
@@ -154,7 +155,7 @@ fn per_sequence_rank_2() {
 fn mezo(name: &str, requantise: bool) {
     let scheme = Scheme::Mezo { requantise, directions: 1, dist: Distribution::Rademacher, eps: 1e-3, eps_rel: None };
     let rule = UpdateRule { weight_decay: 0.1, ..UpdateRule::default() };
-    let mut case = Case::open(name, &scheme, &rule, 1e-5, 1234);
+    let mut case = Case::probing(name, &scheme, rule, 1e-5, 1234);
     let [first, later] = ["losses_first_step", "losses_all_steps"].map(|t| case.golden.tolerance(t));
     let losses = case.golden.tensor("out.losses");
     for step in 0..losses.ty.dims[0] {
@@ -177,6 +178,83 @@ fn mezo_with_requantised_latents() {
 #[test]
 fn mezo_with_additive_noise() {
     mezo("train_mezo_C", false);
+}
+
+#[test]
+fn adamw() {
+    let rule = DescentRule::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8 };
+    let name = "train_adamw";
+    let balance = Golden::open(name).model().moe.map_or(0.0, |moe| moe.bias_update_rate as f32);
+    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance };
+    let schedule = Schedule { peak: 1e-3, warmup: 3, decay: Decay::Cosine, floor: 0.1 };
+    let mut case = Case::open(name, [EntryKind::Backward, EntryKind::Descend(descent)], 0.0, 0);
+    let [first, later] = ["losses_first_step", "losses_all_steps"].map(|t| case.golden.tolerance(t));
+    let [losses, norms] = ["out.loss", "out.grad_norm"].map(|n| case.golden.tensor(n));
+    for (step, (&loss, &norm)) in losses.as_f32().iter().zip(norms.as_f32()).enumerate() {
+        case.lr = schedule.at_step(step as u64, 10);
+        let found = case.step(step as u64);
+        close(&format!("step {step}: loss"), found.loss, loss, if step == 0 { first } else { later });
+        assert!((found.c[0] / norm - 1.0).abs() <= if step == 0 { 1e-4 } else { later }, "{step}: {:?}, {norm}", found.c);
+        if step == 0 {
+            case.check_first_samples();
+        }
+    }
+    assert_eq!(losses.ty.dims, [10]);
+    case.check_last_samples();
+}
+
+/// The options of the agreement runs, by what the golden configuration says.
+fn agreement(options: &serde_json::Value) -> Descend {
+    let idle = match options["zero_policy"].as_str() {
+        Some("freeze") => Idle::Freeze,
+        Some("decay") => Idle::Decay,
+        Some("inertia") => Idle::Inertia,
+        _ => Idle::Standard,
+    };
+    let rule = DescentRule::Agreement {
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        rho: 0.95,
+        lambda: 0.1,
+        bounds: [0.5, 2.0],
+        idle,
+        fade: 0.95,
+        gate: (options["gate"] == "noise_ratio").then_some([2.0, 4.0]),
+    };
+    Descend { rule, decay: options["wd"].as_f64().unwrap_or(0.0) as f32 }
+}
+
+#[test]
+fn agreement_of_gradients() {
+    let golden = Golden::open("agreement_optimizer");
+    let tolerance = golden.tolerance("atol");
+    let [p, g] = ["in.p", "in.g"].map(|n| golden.tensor(n));
+    let n = p.ty.numel();
+    let config: serde_json::Value = serde_json::from_str(golden.header("config")).expect("JSON");
+    let options = config["options"].as_array().expect("a list of options");
+    let mut seen = 0;
+    for (i, options) in options.iter().enumerate().filter(|(_, o)| o["psi_int8"] != true) {
+        let op = agreement(options);
+        let mut memory = vec![p.clone(); 4];
+        memory[1..].fill(Tensor::zeros(&p.ty));
+        for (step, g) in g.as_f32().chunks(n).enumerate() {
+            let scalars = [Tensor::f32(&[1], vec![1.0]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
+            let rates = DescentRates { clip: 0.0, betas: op.rule.betas() };
+            let rates = rates.eval(&scalars.each_ref()).remove(0);
+            let g = Tensor::f32(&[n], g.to_vec());
+            let ins: Vec<&Tensor> = memory.iter().chain([&g, &rates]).collect();
+            memory = op.eval(&ins);
+        }
+        for (name, found) in [("p", &memory[0]), ("psi", &memory[3])] {
+            let want = golden.tensor(&format!("out.{i}.{name}"));
+            for (a, &b) in found.as_f32().iter().zip(want.as_f32()) {
+                close(&format!("{options}: {name}"), f64::from(*a), b, tolerance);
+            }
+        }
+        seen += 1;
+    }
+    assert_eq!(seen, 6, "option sets of the golden file");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::{
     lower::Lower,
 };
 
+mod add_total;
 mod balance;
 mod binary;
 mod check;
@@ -16,6 +17,8 @@ mod combine_grad;
 mod cross_entropy;
 mod cross_entropy_grad;
 mod dequantise;
+mod descend;
+mod descent_rates;
 mod dispatch;
 mod efla_beta;
 mod efla_grad;
@@ -56,6 +59,7 @@ mod rope_table;
 mod route;
 mod route_grad;
 mod row_rms;
+mod row_squares;
 mod row_tiles;
 mod scatter_rows;
 mod select;
@@ -82,6 +86,7 @@ mod window_grad;
 mod work;
 
 pub use self::{
+    add_total::AddTotal,
     balance::Balance,
     binary::{Binary, BinaryFn},
     combine::Combine,
@@ -89,6 +94,8 @@ pub use self::{
     cross_entropy::{CrossEntropy, IGNORE},
     cross_entropy_grad::{CrossEntropyInput, CrossEntropyWeight},
     dequantise::Dequantise,
+    descend::{Descend, DescentRule, Idle},
+    descent_rates::DescentRates,
     dispatch::Dispatch,
     efla_beta::EflaBeta,
     efla_grad::EflaGrad,
@@ -127,6 +134,7 @@ pub use self::{
     route::Route,
     route_grad::RouteGrad,
     row_rms::RowRms,
+    row_squares::RowSquares,
     scatter_rows::ScatterRows,
     select::Select,
     short_conv::ShortConv,
@@ -561,4 +569,4 @@ impl Op {
     }
 }
 
-ops! { Balance, Binary, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, PackPanels, PackTernary, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }
+ops! { AddTotal, Balance, Binary, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, PackPanels, PackTernary, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }

@@ -279,6 +279,7 @@ impl Run<'_> {
             bits_per_byte: tally.bits_per_byte(),
             ema,
             spread: probed.spread(),
+            norm: self.trainer.needs_data().then(|| probed.c.iter().map(|&x| f64::from(x)).sum()),
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             data_tokens: (batch.batch * batch.seq) as u64,

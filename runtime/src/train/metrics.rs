@@ -44,8 +44,10 @@ pub struct StepMetrics {
     pub bits_per_byte: Option<f64>,
     /// Moving average of the loss.
     pub ema: f64,
-    /// Root mean square of the differences between both signs of the probes, nats per token.
+    /// Root mean square of the differences between both signs of the probes, nats per token; 0 along a gradient.
     pub spread: f64,
+    /// Norm of the gradient before it is limited, where the step goes along one.
+    pub norm: Option<f64>,
     /// Latest measurement on held-out data.
     pub validation: Option<Validation>,
     /// Whether the measurement was made behind this step.
@@ -89,7 +91,10 @@ impl StepMetrics {
         put("loss", json!(self.loss));
         put("bits_per_byte", json!(self.bits_per_byte));
         put("ema", json!(self.ema));
-        put("spread", json!(self.spread));
+        match self.norm {
+            Some(norm) => put("gradient_norm", json!(norm)),
+            None => put("spread", json!(self.spread)),
+        };
         if let (true, Some(v)) = (self.validated, self.validation) {
             put("val", json!(v.nats_per_token));
             put("val_bits_per_byte", json!(v.bits_per_byte));
@@ -253,6 +258,7 @@ mod tests {
             bits_per_byte: None,
             ema: 3.5,
             spread: 0.02,
+            norm: None,
             validation: None,
             validated: false,
             data_tokens: 512,

@@ -1,8 +1,9 @@
-//! Training: initial weights, the step of a zeroth-order estimator, the loop around it, and what a run keeps on disk.
+//! Training: initial weights, the step of an estimator, the loop around it, and what a run keeps on disk.
 //!
 //! Invariant: after the same number of steps, weights, optimizer memory and data position depend on plan, seed, options and data alone,
 //! not on threads, interruptions or the clock (unless a time budget was asked for).
 
+mod backprop;
 pub mod checkpoint;
 mod driver;
 pub mod history;
@@ -131,7 +132,7 @@ impl fmt::Display for TrainError {
             TrainError::Diverged { step, loss } => {
                 write!(
                     f,
-                    "the loss is {loss} in step {step}, expected a finite number that does not grow; the last checkpoint is unchanged, resume it or start again with a smaller --lr"
+                    "the loss or its gradient is {loss} in step {step}, expected a finite number that does not grow; the last checkpoint is unchanged, resume it or start again with a smaller --lr"
                 )
             }
             TrainError::Io { path: Some(path), source } => write!(f, "{}: cannot write: {source}", path.display()),

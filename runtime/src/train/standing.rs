@@ -6,11 +6,12 @@
 use super::TrainError;
 use super::checkpoint::{self, Meta};
 use super::driver::Progress;
-use super::journal::{self, Header, Journal, Trail};
+use super::journal::{self, Header, Journal, StepRecord, Trail};
 use super::metrics::moving_average;
 use super::step::Trainer;
 use super::weights::WeightFile;
 use crate::files::FileError;
+use crate::text::Batches;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -119,17 +120,48 @@ impl Standing {
         at
     }
 
-    /// Sets weights and optimizer memory: those of the checkpoint, then one update for each step of the trail. Returns the tensors of the
-    /// checkpoint that nothing reads.
+    /// Sets weights and optimizer memory: those of the checkpoint, then one update for each step of the trail. Steps along gradients are
+    /// computed again from `data`, and must have the losses of the journal. Returns the tensors of the checkpoint that nothing reads.
     ///
     /// # Errors
-    /// A checkpoint or a journal of another plan, damage, or a failure to execute.
-    pub fn restore(&self, trainer: &mut Trainer) -> Result<Vec<String>, TrainError> {
+    /// A checkpoint or a journal of another plan, damage, steps that need data where there are none, or a failure to execute.
+    pub fn restore(&self, trainer: &mut Trainer, data: Option<&Batches>) -> Result<Vec<String>, TrainError> {
         let unused = checkpoint::restore(&self.file, trainer.exec_mut())?;
         for s in &self.trail.steps {
+            if trainer.needs_data() {
+                self.differentiate(trainer, s, data)?;
+            }
             trainer.apply(s.step - 1, s.lr, &s.c, &s.loads)?;
         }
         Ok(unused)
+    }
+
+    /// Leaves the gradient of a recorded step.
+    fn differentiate(
+        &self,
+        trainer: &mut Trainer,
+        s: &StepRecord,
+        data: Option<&Batches>,
+    ) -> Result<(), TrainError> {
+        let error = |reason| TrainError::Journal { path: self.file.path().to_path_buf(), reason, damaged: false };
+        let data = data.ok_or_else(|| {
+            error(format!(
+                "step {} behind this checkpoint goes along a gradient, which only the data of the run give again; name the step of a checkpoint, or go on by `train --resume`",
+                s.step
+            ))
+        })?;
+        let (rows, tokens) = trainer.shape();
+        let begin = s.position.checked_sub((rows * tokens) as u64);
+        let begin = begin.ok_or_else(|| error(format!("step {} is recorded with a batch of another size", s.step)))?;
+        let (batch, _) = data.next(begin, rows, tokens);
+        let again = trainer.probe(&batch, s.step - 1)?;
+        if again.loss.to_bits() == s.loss.to_bits() && again.c == s.c && again.loads == s.loads {
+            return Ok(());
+        }
+        Err(error(format!(
+            "step {} has the loss {} when it is computed again, the journal has {}; resume with the program and the kind of processor that wrote it, or from a checkpoint without the journal",
+            s.step, again.loss, s.loss
+        )))
     }
 
     /// The journal to go on with in `folder`: that of this standing where it lies there, else a new one.

@@ -1,8 +1,9 @@
-//! One step of a zeroth-order estimator: probe, compare, update.
+//! One step of an estimator: probe or differentiate, compare, update.
 //!
 //! Invariant: a step changes weights only after every loss of its probes was found finite.
 
 use super::TrainError;
+use super::backprop::{self, BACKWARD};
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
 use crate::text::{Batch, IGNORE, LossTally, TokenStream, Vocab};
@@ -27,14 +28,27 @@ pub enum Estimator {
     PerSequence,
     /// All sequences share each direction (semantics 13.1).
     Mezo,
+    /// The gradient itself (semantics 12.1, 12.2).
+    Gradient,
 }
 
 impl Estimator {
-    /// The estimator of a plan: only the per-sequence one has optimizer memory.
+    /// The estimator of a plan: of those that probe, only the per-sequence one has optimizer memory.
     pub fn of(plan: &Plan) -> Estimator {
+        if backprop::has_gradients(plan) {
+            return Estimator::Gradient;
+        }
         match plan.weights.iter().any(|w| w.kind == WeightKind::Optimizer) {
             true => Estimator::PerSequence,
             false => Estimator::Mezo,
+        }
+    }
+
+    /// The entry point that looks at a batch.
+    fn entry(self) -> &'static str {
+        match self {
+            Estimator::PerSequence | Estimator::Mezo => DUAL_LOSS,
+            Estimator::Gradient => BACKWARD,
         }
     }
 }
@@ -61,11 +75,11 @@ impl Depths {
 /// The losses of one step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probed {
-    /// Loss of every positive probe: one for each sequence or direction.
+    /// Loss of every positive probe: one for each sequence or direction; none along a gradient.
     pub plus: Vec<f64>,
     /// Loss of every negative probe, in the same order.
     pub minus: Vec<f64>,
-    /// The scalars that the update is given.
+    /// The scalars that the update is given; along a gradient its norm.
     pub c: Vec<f32>,
     /// The loads of all routers that the update is given, one behind the other.
     pub loads: Vec<i32>,
@@ -95,7 +109,7 @@ pub fn coefficients(estimator: Estimator, plus: &[f64], minus: &[f64]) -> Vec<f3
             let spread = (c.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / n).sqrt();
             c.iter().map(|x| (x / (spread + 1e-8)) as f32).collect()
         }
-        (Estimator::Mezo, _) => c.iter().map(|&x| x as f32).collect(),
+        (Estimator::Mezo | Estimator::Gradient, _) => c.iter().map(|&x| x as f32).collect(),
     }
 }
 
@@ -121,7 +135,7 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer over the entry points `dual_loss`, `update` and `loss` of a plan whose weights are set.
+    /// A trainer over the entry points `dual_loss` or `backward`, `update` and `loss` of a plan whose weights are set.
     ///
     /// # Errors
     /// When the plan lacks one of them, or their shapes do not fit together.
@@ -129,17 +143,19 @@ impl Trainer {
         let plan = exec.plan();
         let estimator = Estimator::of(plan);
         let absent = |name: &str| TrainError::Plan(format!("it has no entry point `{name}`; compile one for training"));
-        for name in [DUAL_LOSS, UPDATE, LOSS] {
+        let first = estimator.entry();
+        for name in [first, UPDATE, LOSS] {
             plan.entry(name).ok_or_else(|| absent(name))?;
         }
-        let [rows, tokens] = matrix(plan, DUAL_LOSS, "tokens")?;
+        let [rows, tokens] = matrix(plan, first, "tokens")?;
         let [measured_rows, measured_tokens] = matrix(plan, LOSS, "tokens")?;
         let members = input_type(plan, UPDATE, "c")?.numel();
-        let (dual, update, loss) = (exec.entry(DUAL_LOSS)?, exec.entry(UPDATE)?, exec.entry(LOSS)?);
+        let (dual, update, loss) = (exec.entry(first)?, exec.entry(UPDATE)?, exec.entry(LOSS)?);
         let probes = exec.output_type(dual, "losses")?.numel();
         let expected = match estimator {
             Estimator::PerSequence => (rows, 2 * rows),
             Estimator::Mezo => (members, 2 * members * rows),
+            Estimator::Gradient => (1, rows),
         };
         if (members, probes) != expected {
             return Err(TrainError::Plan(format!(
@@ -186,16 +202,22 @@ impl Trainer {
         self.exec
     }
 
+    /// Whether a step cannot be repeated from its record alone, but from its batch.
+    pub fn needs_data(&self) -> bool {
+        self.estimator == Estimator::Gradient
+    }
+
     /// Sequences and tokens of a batch.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.tokens)
     }
 
-    /// Tokens that go through the model in one step: each sign and direction is a pass.
+    /// Tokens that go forward through the model in one step: each sign and direction is a pass.
     pub fn forward_tokens(&self) -> u64 {
         let passes = match self.estimator {
             Estimator::PerSequence => 2,
             Estimator::Mezo => 2 * self.members,
+            Estimator::Gradient => 1,
         };
         (passes * self.rows * self.tokens) as u64
     }
@@ -216,19 +238,29 @@ impl Trainer {
     /// As for [`Trainer::step`].
     pub fn probe(&mut self, batch: &Batch, step: u64) -> Result<Probed, TrainError> {
         set_batch(&mut self.exec, self.dual, batch)?;
-        if input_type(self.exec.plan(), DUAL_LOSS, DEPTH).is_ok() {
+        let (entry, gradient) = (self.estimator.entry(), self.estimator == Estimator::Gradient);
+        if input_type(self.exec.plan(), entry, DEPTH).is_ok() {
             let depths = self.depths.ok_or_else(|| {
                 TrainError::Plan(format!(
-                    "`{DUAL_LOSS}` takes a loop depth for every sequence, but its configuration does not say how to draw it; set looping.depth_selection"
+                    "`{entry}` takes a loop depth for every sequence, but its configuration does not say how to draw it; set looping.depth_selection"
                 ))
             })?;
             let drawn = depths.draw(self.rows, step as u32, self.seed);
             self.exec.set_input(self.dual, DEPTH, &drawn)?;
         }
-        let (seed, word) = self.stream(step);
-        self.exec.set_input(self.dual, "seed", &seed)?;
-        self.exec.set_input(self.dual, "step", &[word])?;
+        if !gradient {
+            let (seed, word) = self.stream(step);
+            self.exec.set_input(self.dual, "seed", &seed)?;
+            self.exec.set_input(self.dual, "step", &[word])?;
+        }
         self.exec.run_entry(self.dual)?;
+        let mut loads = vec![];
+        for name in &self.loads {
+            loads.extend(total_load(&self.exec, self.dual, name)?);
+        }
+        if gradient {
+            return backprop::descent(&self.exec, self.dual, batch, step, loads);
+        }
         let losses: Vec<f64> = self.exec.output::<f32>(self.dual, "losses")?.iter().map(|&x| f64::from(x)).collect();
         if let Some(&bad) = losses.iter().find(|x| !x.is_finite()) {
             return Err(TrainError::Diverged { step, loss: bad });
@@ -236,15 +268,12 @@ impl Trainer {
         let counts = counted(batch);
         let (plus, minus) = self.probes(&losses, &counts);
         let c = coefficients(self.estimator, &plus, &minus);
-        let mut loads = vec![];
-        for name in &self.loads {
-            loads.extend(total_load(&self.exec, self.dual, name)?);
-        }
         let loss = weighted(&losses, &counts);
         Ok(Probed { plus, minus, c, loads, loss })
     }
 
-    /// Move the weights by the scalars and loads of [`Probed`]. Weights, optimizer memory and these numbers decide the result.
+    /// Move the weights by the scalars and loads of [`Probed`]. Weights, optimizer memory and these numbers decide the result; along a
+    /// gradient, [`Trainer::probe`] must have left it, see [`Trainer::needs_data`].
     ///
     /// # Errors
     /// Numbers of another plan (the weights are then as they were), or a failure to execute.
@@ -264,7 +293,9 @@ impl Trainer {
         }
         let (seed, word) = self.stream(step);
         self.exec.set_input(self.update, "c", c)?;
-        self.exec.set_input(self.update, "seed", &seed)?;
+        if self.estimator != Estimator::Gradient {
+            self.exec.set_input(self.update, "seed", &seed)?;
+        }
         self.exec.set_input(self.update, "step", &[word])?;
         self.exec.set_input(self.update, "lr", &[lr as f32])?;
         Ok(self.exec.run_entry(self.update)?)
@@ -281,7 +312,7 @@ impl Trainer {
         let half = losses.len() / 2;
         let (plus, minus) = losses.split_at(half);
         match self.estimator {
-            Estimator::PerSequence => (plus.to_vec(), minus.to_vec()),
+            Estimator::PerSequence | Estimator::Gradient => (plus.to_vec(), minus.to_vec()),
             Estimator::Mezo => {
                 let each = |side: &[f64]| side.chunks(self.rows).map(|rows| weighted(rows, counts)).collect();
                 (each(plus), each(minus))
@@ -310,12 +341,12 @@ impl Trainer {
 }
 
 /// Counted labels of every row.
-fn counted(batch: &Batch) -> Vec<f64> {
+pub(super) fn counted(batch: &Batch) -> Vec<f64> {
     batch.labels.chunks(batch.seq).map(|row| row.iter().filter(|&&l| l != IGNORE).count() as f64).collect()
 }
 
 /// Mean of losses weighted by counts, which repeat; 0 when nothing counts. Rows without counted labels are not looked at.
-fn weighted(losses: &[f64], counts: &[f64]) -> f64 {
+pub(super) fn weighted(losses: &[f64], counts: &[f64]) -> f64 {
     let (mut sum, mut total) = (0.0, 0.0);
     for (loss, count) in losses.iter().zip(counts.iter().cycle()).filter(|(_, count)| **count > 0.0) {
         sum += loss * count;

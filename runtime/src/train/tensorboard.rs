@@ -66,7 +66,10 @@ impl EventFile {
         }
         put("speed/data_tokens_per_second", m.data_rate());
         put("speed/forward_tokens_per_second", m.forward_rate());
-        put("estimator/spread", m.spread);
+        match m.norm {
+            Some(norm) => put("estimator/gradient_norm", norm),
+            None => put("estimator/spread", m.spread),
+        }
         put("learning_rate", m.lr);
         put("memory_megabytes", m.memory as f64 / f64::from(1 << 20));
         let mut event = self.event(Some(m.step));
@@ -129,6 +132,7 @@ mod tests {
             bits_per_byte: Some(5.0),
             ema: 3.25,
             spread: 0.125,
+            norm: None,
             validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5) }),
             validated: step == 300,
             data_tokens: 64,

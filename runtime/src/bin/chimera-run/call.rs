@@ -2,7 +2,8 @@
 //!
 //! Invariant: the plan is compiled for the shapes of the inputs; names and shapes outside are those of the executable specification.
 
-use crate::hyper::{Entries, EstimatorName, HyperArgs, Mode};
+use crate::estimators::{EstimatorName, Way};
+use crate::hyper::{Entries, HyperArgs, Mode};
 use crate::model::{Model, Source};
 use crate::options::{Failure, ModelOptions, RunOptions};
 use crate::weights::{self, WeightOptions};
@@ -196,7 +197,14 @@ fn spec(args: &Args, model: &Model, inputs: &mut Tensors) -> Result<EntrySpec, F
         Entry::Logits => (EntryKind::Logits, tokens),
         Entry::Loss => (EntryKind::Loss, tokens),
         Entry::Grad => (EntryKind::Grad, tokens),
-        Entry::DualLoss => (EntryKind::DualLoss(hyper.fresh().scheme()), tokens),
+        Entry::DualLoss => match hyper.checked()?.way() {
+            Way::Probe(scheme) => (EntryKind::DualLoss(scheme), tokens),
+            Way::Descend(_) => {
+                return Err(Failure::usage(
+                    "the entry point dual_loss needs an estimator that probes; choose --estimator perseq-lowrank or mezo, or --entry grad",
+                ));
+            }
+        },
         Entry::Prefill => (EntryKind::Prefill, tokens),
         Entry::Decode => (EntryKind::Decode, 1),
     };

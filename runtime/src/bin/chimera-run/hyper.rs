@@ -2,25 +2,16 @@
 //!
 //! Invariant: a resumed run has the options of the checkpoint; an option that says otherwise is refused, never ignored.
 
+use crate::estimators::{ESTIMATORS, EstimatorName, OF_SOME, Way, ZeroGradient};
 use crate::options::Failure;
-use chimera_compiler::{Scheme, UpdateRule};
-use chimera_ir::ops::Distribution;
+use chimera_compiler::{Descent, EntryKind, Scheme, UpdateRule};
+use chimera_ir::ops::{DescentRule, Distribution};
 use chimera_runtime::text::DataSpec;
 use chimera_runtime::train::Decay;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::PathBuf;
-
-/// How directions become a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum EstimatorName {
-    /// Every sequence has its own low-rank direction
-    PerseqLowrank,
-    /// All sequences share each direction
-    Mezo,
-}
 
 /// How shared directions reach ternary weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -51,7 +42,7 @@ pub struct HyperArgs {
     /// Rows of a batch [default: 16]
     #[arg(long, env = "CHIMERA_BATCH", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
     pub batch: Option<u32>,
-    /// Greatest learning rate [default: 0.01 perseq-lowrank, 1e-4 mezo]
+    /// Greatest learning rate [default: 0.01 perseq-lowrank, 1e-4 mezo, 3e-3 adamw and chimera21, 0.03 sgd]
     #[arg(long, env = "CHIMERA_LR", value_parser = positive)]
     pub lr: Option<f64>,
     /// Learning rate behind the warm-up: constant or cosine [default: cosine]
@@ -60,7 +51,7 @@ pub struct HyperArgs {
     /// Last learning rate of the decay as a share of the greatest [default: 0.1]
     #[arg(long, env = "CHIMERA_LR_FLOOR", value_parser = share)]
     pub lr_floor: Option<f64>,
-    /// Steps of linear warm-up [default: 0]
+    /// Steps of linear warm-up [default: 20 along gradients, else 0]
     #[arg(long, env = "CHIMERA_WARMUP")]
     pub warmup: Option<u64>,
     /// Estimator of the descent direction [default: perseq-lowrank]
@@ -75,7 +66,7 @@ pub struct HyperArgs {
     /// Probe size on vectors (perseq-lowrank) [default: 0.01]
     #[arg(long, env = "CHIMERA_SIGMA", value_parser = positive)]
     pub sigma: Option<f64>,
-    /// Decay of the running mean of estimates (perseq-lowrank) [default: 0.9]
+    /// Decay of the running mean of estimates (perseq-lowrank) or of the sum of gradients (sgd) [default: 0.9]
     #[arg(long, env = "CHIMERA_MOMENTUM", value_parser = share)]
     pub momentum: Option<f64>,
     /// Step scale of vectors (perseq-lowrank) [default: 0.02]
@@ -96,9 +87,24 @@ pub struct HyperArgs {
     /// Probe size on ternary matrices relative to their mean magnitude, instead of --eps (mezo)
     #[arg(long, env = "CHIMERA_EPS_REL", value_parser = positive)]
     pub eps_rel: Option<f64>,
-    /// Weight decay of ternary matrices (mezo) [default: 0]
+    /// Weight decay of ternary matrices as a share of the learning rate (all but perseq-lowrank) [default: 0.1 adamw and chimera21, else 0]
     #[arg(long, env = "CHIMERA_WEIGHT_DECAY", value_parser = share)]
     pub weight_decay: Option<f64>,
+    /// Decay of the running mean of gradients (adamw, chimera21) [default: 0.9]
+    #[arg(long, env = "CHIMERA_BETA1", value_parser = share)]
+    pub beta1: Option<f64>,
+    /// Decay of the running mean of their squares (adamw, chimera21) [default: 0.95 adamw, 0.999 chimera21]
+    #[arg(long, env = "CHIMERA_BETA2", value_parser = share)]
+    pub beta2: Option<f64>,
+    /// Added to the root of that mean (adamw, chimera21) [default: 1e-8]
+    #[arg(long, env = "CHIMERA_ADAM_EPS", value_parser = positive)]
+    pub adam_eps: Option<f64>,
+    /// Most that the norm of the whole gradient may be; 0 leaves it as it is (adamw, sgd, chimera21) [default: 1]
+    #[arg(long, env = "CHIMERA_CLIP", value_parser = not_negative)]
+    pub clip: Option<f64>,
+    /// What becomes of the agreement of a weight whose gradient is zero (chimera21) [default: standard]
+    #[arg(long, env = "CHIMERA_ZERO_GRADIENT")]
+    pub zero_gradient: Option<ZeroGradient>,
     /// Train only the weights whose names match one of these patterns, separated by commas; `*` stands for any characters
     #[arg(long, env = "CHIMERA_ONLY", value_name = "PATTERN,...")]
     pub only: Option<String>,
@@ -114,6 +120,13 @@ fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
         _ => Err("expected a number above 0".into()),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x.is_finite() && x >= 0.0 => Ok(x),
+        _ => Err("expected a number of at least 0".into()),
     }
 }
 
@@ -145,6 +158,11 @@ pub struct Hyper {
     pub eps: f64,
     pub eps_rel: Option<f64>,
     pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub adam_eps: f64,
+    pub clip: f64,
+    pub zero_gradient: ZeroGradient,
     /// Patterns of the names of weights that are trained; all when absent.
     pub only: Option<String>,
     pub seed: u64,
@@ -167,16 +185,14 @@ impl HyperArgs {
     /// Defaults, and over them what was given.
     pub fn fresh(&self) -> Hyper {
         let estimator = self.estimator.unwrap_or(EstimatorName::PerseqLowrank);
+        let row = estimator.row();
         Hyper {
             seq_len: self.seq_len.unwrap_or(64),
             batch: self.batch.unwrap_or(16),
-            lr: self.lr.unwrap_or(match estimator {
-                EstimatorName::PerseqLowrank => 0.01,
-                EstimatorName::Mezo => 1e-4,
-            }),
+            lr: self.lr.unwrap_or(row.lr),
             lr_decay: self.lr_decay.unwrap_or(Decay::Cosine).name().into(),
             lr_floor: self.lr_floor.unwrap_or(0.1),
-            warmup: self.warmup.unwrap_or(0),
+            warmup: self.warmup.unwrap_or(row.warmup),
             estimator,
             rank: self.rank.unwrap_or(1),
             kappa: self.kappa.unwrap_or(0.1),
@@ -188,7 +204,12 @@ impl HyperArgs {
             distribution: self.distribution.unwrap_or(Entries::Rademacher),
             eps: self.eps.unwrap_or(1e-3),
             eps_rel: self.eps_rel,
-            weight_decay: self.weight_decay.unwrap_or(0.0),
+            weight_decay: self.weight_decay.unwrap_or(row.weight_decay),
+            beta1: self.beta1.unwrap_or(0.9),
+            beta2: self.beta2.unwrap_or(row.beta2),
+            adam_eps: self.adam_eps.unwrap_or(1e-8),
+            clip: self.clip.unwrap_or(1.0),
+            zero_gradient: self.zero_gradient.unwrap_or(ZeroGradient::Standard),
             only: self.only.clone(),
             seed: self.seed.unwrap_or(0),
             val_fraction: self.val_fraction.unwrap_or(0.05),
@@ -213,8 +234,29 @@ impl HyperArgs {
         }
         put!(seq_len, batch, lr, lr_floor, warmup, estimator, rank, kappa, sigma, momentum, vec_scale, mode);
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
+        put!(beta1, beta2, adam_eps, clip, zero_gradient);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
+    }
+
+    /// [`HyperArgs::fresh`], where every option that was given has a meaning.
+    ///
+    /// # Errors
+    /// The first option that the estimator does not have.
+    pub fn checked(&self) -> Result<Hyper, Failure> {
+        let hyper = self.fresh();
+        let row = hyper.estimator.row();
+        let foreign = |key: &&str| OF_SOME.contains(key) && !row.options.contains(key);
+        let Some(key) = self.given().into_iter().map(|(key, _)| key).find(|key| foreign(&key)) else {
+            return Ok(hyper);
+        };
+        let owners = ESTIMATORS.iter().filter(|r| r.options.contains(&key)).map(|r| r.name.text());
+        Err(Failure::usage(format!(
+            "--{} has no meaning for the estimator {}; leave it out, or choose --estimator {}",
+            key.replace('_', "-"),
+            row.name.text(),
+            owners.collect::<Vec<_>>().join(" or ")
+        )))
     }
 
     /// Options of the checkpoint, if no given one says otherwise.
@@ -254,23 +296,8 @@ impl Hyper {
     /// When options ask for another shape, or for an estimator, which a plan has built in.
     pub fn shaped(mut self, rows: usize, tokens: usize, args: &HyperArgs) -> Result<Hyper, Failure> {
         (self.batch, self.seq_len) = (rows as u32, tokens as u32);
-        const BUILT_IN: [&str; 13] = [
-            "estimator",
-            "rank",
-            "kappa",
-            "sigma",
-            "momentum",
-            "vec_scale",
-            "mode",
-            "directions",
-            "distribution",
-            "eps",
-            "eps_rel",
-            "weight_decay",
-            "only",
-        ];
         for (key, _) in args.given() {
-            if BUILT_IN.contains(&key) {
+            if OF_SOME.contains(&key) || ["estimator", "only"].contains(&key) {
                 let flag = key.replace('_', "-");
                 return Err(Failure::usage(format!(
                     "--{flag} is built into a compiled plan; name the configuration instead"
@@ -303,13 +330,32 @@ impl Hyper {
         Ok(Some(out))
     }
 
-    /// The estimator for the compiler.
-    pub fn scheme(&self) -> Scheme {
-        match self.estimator {
-            EstimatorName::PerseqLowrank => {
-                Scheme::PerSequence { rank: self.rank as usize, kappa: self.kappa as f32, sigma_vec: self.sigma as f32 }
+    /// The entry points that make and apply an estimate; `balance` is the rate of the experts' selection biases.
+    pub fn entries(&self, balance: f64) -> [EntryKind; 2] {
+        let (balance, weight_decay) = (balance as f32, self.weight_decay as f32);
+        match self.way() {
+            Way::Probe(scheme) => {
+                let (momentum, vec_scale) = (self.momentum as f32, self.vec_scale as f32);
+                let rule = UpdateRule { momentum, vec_scale, weight_decay, balance };
+                [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme, rule)]
             }
-            EstimatorName::Mezo => Scheme::Mezo {
+            Way::Descend(rule) => {
+                let descent = Descent { rule, weight_decay, clip: self.clip as f32, balance };
+                [EntryKind::Backward, EntryKind::Descend(descent)]
+            }
+        }
+    }
+
+    /// The estimator for the compiler.
+    pub fn way(&self) -> Way {
+        let (beta1, beta2, eps) = (self.beta1 as f32, self.beta2 as f32, self.adam_eps as f32);
+        match self.estimator {
+            EstimatorName::PerseqLowrank => Way::Probe(Scheme::PerSequence {
+                rank: self.rank as usize,
+                kappa: self.kappa as f32,
+                sigma_vec: self.sigma as f32,
+            }),
+            EstimatorName::Mezo => Way::Probe(Scheme::Mezo {
                 requantise: self.mode == Mode::Requantise,
                 directions: self.directions as usize,
                 dist: match self.distribution {
@@ -318,17 +364,20 @@ impl Hyper {
                 },
                 eps: self.eps as f32,
                 eps_rel: self.eps_rel.map(|x| x as f32),
-            },
-        }
-    }
-
-    /// The update for the compiler; `balance` is the rate of the experts' selection biases.
-    pub fn rule(&self, balance: f64) -> UpdateRule {
-        UpdateRule {
-            momentum: self.momentum as f32,
-            vec_scale: self.vec_scale as f32,
-            weight_decay: self.weight_decay as f32,
-            balance: balance as f32,
+            }),
+            EstimatorName::Adamw => Way::Descend(DescentRule::AdamW { beta1, beta2, eps }),
+            EstimatorName::Sgd => Way::Descend(DescentRule::Momentum { mu: self.momentum as f32 }),
+            EstimatorName::Chimera21 => Way::Descend(DescentRule::Agreement {
+                beta1,
+                beta2,
+                eps,
+                rho: 0.95,
+                lambda: 0.1,
+                bounds: [0.5, 2.0],
+                idle: self.zero_gradient.idle(),
+                fade: 0.95,
+                gate: None,
+            }),
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod call;
 mod data;
+mod estimators;
 mod generate;
 mod hyper;
 mod model;
@@ -27,7 +28,7 @@ use clap::{Parser, Subcommand};
 use options::Failure;
 use std::process::ExitCode;
 
-/// Train ternary language models without back-propagation, and run them.
+/// Train ternary language models, with or without back-propagation, and run them.
 #[derive(Parser)]
 #[command(name = "chimera-run", version, propagate_version = true)]
 #[command(

@@ -75,11 +75,8 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let (rows, tokens) = (hyper.batch as usize, hyper.seq_len as usize);
     let balance = config.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate);
     let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth: None };
-    vec![
-        spec(EntryKind::DualLoss(hyper.scheme()), rows),
-        spec(EntryKind::Update(hyper.scheme(), hyper.rule(balance)), rows),
-        spec(EntryKind::Loss, MEASURED_ROWS),
-    ]
+    let [first, update] = hyper.entries(balance);
+    vec![spec(first, rows), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)]
 }
 
 /// How the loop depths of training are drawn, if the configuration asks for that.

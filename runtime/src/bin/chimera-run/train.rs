@@ -94,7 +94,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (saved, folder) = resumed(&args)?;
     let mut hyper = match &saved {
         Some(standing) => args.hyper.resumed(&standing.meta.options)?,
-        None => args.hyper.fresh(),
+        None => args.hyper.checked()?,
     };
     set_budget(&mut hyper, &args, saved.is_some());
     args.data.overlay(&mut hyper);
@@ -130,7 +130,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         None => Journal::create(&folder, &Header::new(0, &meta.config, &meta.data))?,
     });
     let loaded = match (&saved, &model.source) {
-        (Some(standing), _) => Some((&standing.file, standing.restore(&mut trainer)?)),
+        (Some(standing), _) => Some((&standing.file, standing.restore(&mut trainer, Some(&batches))?)),
         (None, Source::Weights(file)) => Some((file, file.assign(trainer.exec_mut(), false)?)),
         (None, _) => {
             init::initialise(trainer.exec_mut(), hyper.seed)?;
@@ -242,8 +242,27 @@ pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failu
     same_run(standing, &plan, &standing.meta.data)?;
     let exec = Executable::new(plan, &args.exec())?;
     let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
-    standing.restore(&mut trainer)?;
+    let data = trainer.needs_data() && !standing.trail.steps.is_empty() && !hyper.data.is_empty();
+    let batches = if data { Some(batches_of(standing, &hyper)?) } else { None };
+    standing.restore(&mut trainer, batches.as_ref())?;
     Ok(trainer)
+}
+
+/// The training data of a run, read again.
+fn batches_of(standing: &Standing, hyper: &Hyper) -> Result<Batches, Failure> {
+    let vocab = Vocab::from_text(&standing.meta.vocab)?;
+    let reading = Reading { field: hyper.field.clone(), binary: hyper.binary };
+    let tokens = text::tokenise(&vocab, &hyper.data, &reading, &Cache::Off, &mut |_, _| {})?;
+    let found = fingerprint(&tokens);
+    if found != standing.meta.data {
+        return Err(Failure::new(format!(
+            "{}: the steps behind this checkpoint need the data of the run ({}), found {found} in its files; restore them, or name the step of a checkpoint",
+            standing.file.path().display(),
+            standing.meta.data
+        )));
+    }
+    let split = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
+    Ok(Batches::mixed(split.train, hyper.seq_len as usize, hyper.seed)?)
 }
 
 /// Damage that was found on the way to a state.
@@ -390,7 +409,8 @@ fn plan_with(
     let Source::Plan(plan) = &model.source else {
         return training_plan(&model.config, hyper, further, run);
     };
-    let port = plan.entry("dual_loss").and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
+    let first = plan.entry("dual_loss").or(plan.entry("backward"));
+    let port = first.and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
     if let Some(&[rows, tokens]) = port.map(|p| &plan.buffer(p.1).ty.dims[..]) {
         *hyper = hyper.clone().shaped(rows, tokens, given)?;
     }

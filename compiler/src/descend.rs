@@ -1,0 +1,93 @@
+//! The update of weights from gradients, as a graph (semantics 12.1, 12.2).
+//!
+//! The entry point `backward` leaves gradients in states, from which `update` takes them: a step is one pass over each weight and its
+//! memory, and what a step needs of the host are three numbers.
+
+use chimera_ir::{
+    DType, Data, Graph, Tensor, Type,
+    ops::{AddTotal, Balance, Descend, DescentRates, DescentRule, InferError, RowSquares},
+    plan::WeightKind,
+};
+
+use crate::{
+    passes::grad::GRAD,
+    update::{Target, load_name},
+};
+
+/// How gradients become a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Descent {
+    /// The rule.
+    pub rule: DescentRule,
+    /// Decay of ternary matrices, as a share of the learning rate.
+    pub weight_decay: f32,
+    /// Most that the norm of the whole gradient may be; 0 leaves it as it is.
+    pub clip: f32,
+    /// Rate of the expert balance, from `load.*` inputs; 0 leaves selection biases alone.
+    pub balance: f32,
+}
+
+/// The sum of all squares of the gradient, an output of `backward`: `f64 [1]`.
+pub const SQUARES: &str = "squares";
+
+/// The gradients of a differentiated loss go to states of their names instead of outputs, and their squares are summed up.
+///
+/// # Errors
+/// When an operation refuses its operands.
+pub fn keep(old: &Graph) -> Result<Graph, InferError> {
+    let mut g = old.clone();
+    g.at("gradient");
+    let (grads, outputs) = g.outputs.drain(..).partition(|(name, _)| name.starts_with(GRAD));
+    g.outputs = outputs;
+    let grads: Vec<(String, chimera_ir::Value)> = grads;
+    let mut total = g.constant(Tensor { ty: Type::new(DType::F64, &[1]), data: Data::F64(vec![0.0]) });
+    for (name, v) in grads {
+        let rows = g.op(RowSquares {}, &[v])?;
+        total = g.op(AddTotal {}, &[total, rows])?;
+        g.state(name.clone(), g.ty(v).clone());
+        g.writes.push((name, v));
+    }
+    g.outputs.push((SQUARES.to_owned(), total));
+    Ok(g)
+}
+
+/// The update graph. Inputs: `c` (`f32 [1]`, the norm of the gradient), `step` (`i32 [1]`, from 0), `lr` (`f32 [1]`), and with balance
+/// `load.<layer>` for each router.
+///
+/// # Errors
+/// When an operation refuses its operands.
+pub fn graph(descent: &Descent, targets: &[Target]) -> Result<Graph, InferError> {
+    let mut g = Graph::default();
+    g.at("update");
+    let norm = g.input("c", Type::f32(&[1]));
+    let step = g.input("step", Type::i32(&[1]));
+    let lr = g.input("lr", Type::f32(&[1]));
+    let rule = descent.rule;
+    let rates = g.op(DescentRates { clip: descent.clip, betas: rule.betas() }, &[norm, step, lr])?;
+    for t in targets {
+        g.at(t.name.rsplit_once('.').map_or("update", |(site, _)| site));
+        let ty = Type::f32(&t.dims);
+        match t.kind {
+            WeightKind::Optimizer | WeightKind::Packed => {}
+            WeightKind::Buffer if descent.balance > 0.0 => {
+                let load = g.input(load_name(&t.name), Type::i32(&t.dims));
+                let bias = g.param(&t.name, ty);
+                let next = g.op(Balance { rate: descent.balance }, &[bias, load])?;
+                g.writes.push((t.name.clone(), next));
+            }
+            WeightKind::Buffer => {}
+            WeightKind::Ternary | WeightKind::Matrix | WeightKind::Embedding | WeightKind::Vector => {
+                let decay = if t.kind == WeightKind::Ternary { descent.weight_decay } else { 0.0 };
+                let memory = rule.memory().iter().map(|m| format!("optim.{m}.{}", t.name));
+                let names: Vec<String> = std::iter::once(t.name.clone()).chain(memory).collect();
+                let mut ins: Vec<_> = names.iter().map(|name| g.param(name, ty.clone())).collect();
+                ins.push(g.state(format!("{GRAD}{}", t.name), ty));
+                ins.push(rates);
+                let next = g.ops(Descend { rule, decay }, &ins)?;
+                g.writes.extend(names.into_iter().zip(next));
+            }
+        }
+    }
+    g.verify()?;
+    Ok(g)
+}

@@ -1,0 +1,166 @@
+//! The estimators of a descent direction: names, defaults, and which options each of them has.
+//!
+//! Invariant: every estimator has one row in [`ESTIMATORS`], in the order of [`EstimatorName`]; an option of [`OF_SOME`] that is not in
+//! the row of the chosen one is refused.
+
+use chimera_compiler::Scheme;
+use chimera_ir::ops::{DescentRule, Idle};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// How a descent direction is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EstimatorName {
+    /// Every sequence has its own low-rank direction
+    PerseqLowrank,
+    /// All sequences share each direction
+    Mezo,
+    /// Along the gradient, with running means of it and of its square
+    Adamw,
+    /// Along the gradient, with momentum
+    Sgd,
+    /// As adamw, by how well gradients agree with their running mean
+    Chimera21,
+}
+
+/// What an estimator has of its own.
+pub struct EstimatorRow {
+    pub name: EstimatorName,
+    /// Default of `--lr`.
+    pub lr: f64,
+    /// Default of `--warmup`.
+    pub warmup: u64,
+    /// Default of `--weight-decay`.
+    pub weight_decay: f64,
+    /// Default of `--beta2`.
+    pub beta2: f64,
+    /// The options of [`OF_SOME`] that it has.
+    pub options: &'static [&'static str],
+}
+
+/// Options that only some estimators have.
+pub const OF_SOME: [&str; 16] = [
+    "rank",
+    "kappa",
+    "sigma",
+    "vec_scale",
+    "momentum",
+    "mode",
+    "directions",
+    "distribution",
+    "eps",
+    "eps_rel",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "adam_eps",
+    "clip",
+    "zero_gradient",
+];
+
+/// Every estimator, in the order of [`EstimatorName`].
+pub const ESTIMATORS: [EstimatorRow; 5] = [
+    EstimatorRow {
+        name: EstimatorName::PerseqLowrank,
+        lr: 0.01,
+        warmup: 0,
+        weight_decay: 0.0,
+        beta2: 0.0,
+        options: &["rank", "kappa", "sigma", "vec_scale", "momentum"],
+    },
+    EstimatorRow {
+        name: EstimatorName::Mezo,
+        lr: 1e-4,
+        warmup: 0,
+        weight_decay: 0.0,
+        beta2: 0.0,
+        options: &["mode", "directions", "distribution", "eps", "eps_rel", "weight_decay"],
+    },
+    EstimatorRow {
+        name: EstimatorName::Adamw,
+        lr: 3e-3,
+        warmup: 20,
+        weight_decay: 0.1,
+        beta2: 0.95,
+        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip"],
+    },
+    EstimatorRow {
+        name: EstimatorName::Sgd,
+        lr: 0.03,
+        warmup: 20,
+        weight_decay: 0.0,
+        beta2: 0.0,
+        options: &["weight_decay", "momentum", "clip"],
+    },
+    EstimatorRow {
+        name: EstimatorName::Chimera21,
+        lr: 3e-3,
+        warmup: 20,
+        weight_decay: 0.1,
+        beta2: 0.999,
+        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "zero_gradient"],
+    },
+];
+
+impl EstimatorName {
+    /// Its row.
+    pub fn row(self) -> &'static EstimatorRow {
+        &ESTIMATORS[self as usize]
+    }
+
+    /// The name on the command line.
+    pub fn text(self) -> String {
+        self.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned())
+    }
+}
+
+/// What becomes of the agreement of a weight whose gradient is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ZeroGradient {
+    /// It fades slowly
+    Standard,
+    /// It stays
+    Freeze,
+    /// It fades by a factor
+    Decay,
+    /// It grows while there is a running mean
+    Inertia,
+}
+
+impl ZeroGradient {
+    /// The same for the compiler.
+    pub fn idle(self) -> Idle {
+        match self {
+            ZeroGradient::Standard => Idle::Standard,
+            ZeroGradient::Freeze => Idle::Freeze,
+            ZeroGradient::Decay => Idle::Decay,
+            ZeroGradient::Inertia => Idle::Inertia,
+        }
+    }
+}
+
+/// An estimator with its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Way {
+    /// By losses of probes.
+    Probe(Scheme),
+    /// Along the gradient.
+    Descend(DescentRule),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_estimator_has_its_row() {
+        for (row, name) in ESTIMATORS.iter().zip(EstimatorName::value_variants()) {
+            assert_eq!(row.name, *name);
+            assert!(row.options.iter().all(|o| OF_SOME.contains(o)), "{}", name.text());
+        }
+        assert_eq!(ESTIMATORS.len(), EstimatorName::value_variants().len());
+        assert!(OF_SOME.iter().all(|o| ESTIMATORS.iter().any(|r| r.options.contains(o))));
+    }
+}
