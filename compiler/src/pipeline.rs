@@ -263,7 +263,9 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward) if l.stochastic => Depth::PerRow { max: l.range[1], adaptive: false },
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward) if l.stochastic => {
+            Depth::PerRow { max: l.range[1], adaptive: false }
+        }
         (Some(l), _) => Depth::Fixed(l.default),
         (None, _) => Depth::Fixed(1),
     });

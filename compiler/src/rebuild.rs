@@ -101,7 +101,8 @@ pub(crate) fn sweep(old: &Graph) -> Graph {
     for (i, node) in old.nodes().iter().enumerate().rev() {
         let effect = matches!(&node.kind, Kind::Repeat(r) if !r.body.writes.is_empty());
         let written = matches!(&node.kind, Kind::State(name) if old.writes.iter().any(|(n, _)| n == name));
-        keep[i] = effect || written || matches!(node.kind, Kind::Input(_)) || node.outs.iter().any(|v| live[v.0 as usize]);
+        keep[i] =
+            effect || written || matches!(node.kind, Kind::Input(_)) || node.outs.iter().any(|v| live[v.0 as usize]);
         if keep[i] {
             node.ins.iter().for_each(|v| live[v.0 as usize] = true);
         }

@@ -194,7 +194,11 @@ fn adamw() {
         case.lr = schedule.at_step(step as u64, 10);
         let found = case.step(step as u64);
         close(&format!("step {step}: loss"), found.loss, loss, if step == 0 { first } else { later });
-        assert!((found.c[0] / norm - 1.0).abs() <= if step == 0 { 1e-4 } else { later }, "{step}: {:?}, {norm}", found.c);
+        assert!(
+            (found.c[0] / norm - 1.0).abs() <= if step == 0 { 1e-4 } else { later },
+            "{step}: {:?}, {norm}",
+            found.c
+        );
         if step == 0 {
             case.check_first_samples();
         }
@@ -239,7 +243,8 @@ fn agreement_of_gradients() {
         let mut memory = vec![p.clone(); 4];
         memory[1..].fill(Tensor::zeros(&p.ty));
         for (step, g) in g.as_f32().chunks(n).enumerate() {
-            let scalars = [Tensor::f32(&[1], vec![1.0]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
+            let scalars =
+                [Tensor::f32(&[1], vec![1.0]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
             let rates = DescentRates { clip: 0.0, betas: op.rule.betas() };
             let rates = rates.eval(&scalars.each_ref()).remove(0);
             let g = Tensor::f32(&[n], g.to_vec());

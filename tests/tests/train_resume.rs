@@ -5,9 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use chimera_codegen::host;
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{self, Overrides, Scale};
-use chimera_ir::ops::Distribution;
+use chimera_ir::ops::{DescentRule, Distribution, Idle};
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::text::{Batches, TokenStream, Vocab};
@@ -24,7 +24,17 @@ const TOKENS: usize = 8;
 const STEPS: u64 = 5;
 const SEED: u64 = 11;
 
-fn plan(scheme: &Scheme) -> Plan {
+/// What a run estimates by, and how it steps.
+fn probing(scheme: Scheme) -> [EntryKind; 2] {
+    [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme, UpdateRule::default())]
+}
+
+fn descending(rule: DescentRule) -> [EntryKind; 2] {
+    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance: 0.0 };
+    [EntryKind::Backward, EntryKind::Descend(descent)]
+}
+
+fn plan(kinds: [EntryKind; 2]) -> Plan {
     let sets = [
         "hidden_size=32",
         "intermediate_size=32",
@@ -37,11 +47,7 @@ fn plan(scheme: &Scheme) -> Plan {
         .unwrap_or_else(|e| panic!("{e}"))
         .model;
     let spec = |kind| EntrySpec { kind, rows: ROWS, tokens: TOKENS, depth: None };
-    let entries = vec![
-        spec(EntryKind::DualLoss(scheme.clone())),
-        spec(EntryKind::Update(scheme.clone(), UpdateRule::default())),
-        spec(EntryKind::Loss),
-    ];
+    let entries = kinds.into_iter().chain([EntryKind::Loss]).map(spec).collect();
     let options = Options { target: host().to_string(), entries, ..Options::default() };
     compile(&model, &options).unwrap_or_else(|e| panic!("{e}"))
 }
@@ -127,8 +133,22 @@ fn interruptions_and_threads_change_nothing() {
     let per_sequence = Scheme::PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01 };
     let mezo =
         Scheme::Mezo { requantise: false, directions: 2, dist: Distribution::Gaussian, eps: 1e-2, eps_rel: Some(0.1) };
-    for scheme in [per_sequence, mezo] {
-        let plan = plan(&scheme);
+    let (beta1, beta2, eps) = (0.9, 0.95, 1e-8);
+    let agreement = DescentRule::Agreement {
+        beta1,
+        beta2,
+        eps,
+        rho: 0.95,
+        lambda: 0.1,
+        bounds: [0.5, 2.0],
+        idle: Idle::Inertia,
+        fade: 0.95,
+        gate: Some([2.0, 4.0]),
+    };
+    let gradients = [DescentRule::AdamW { beta1, beta2, eps }, DescentRule::Momentum { mu: 0.9 }, agreement];
+    let all = [per_sequence, mezo].map(probing).into_iter().chain(gradients.map(descending));
+    for kinds in all {
+        let plan = plan(kinds);
         let folder = tempfile::tempdir().expect("a folder");
         let [whole, parted] = ["whole", "parted"].map(|n| folder.path().join(n));
         let start = bits(&trainer(&plan, 1));
@@ -158,7 +178,12 @@ fn interruptions_and_threads_change_nothing() {
             let standing = Standing::newest(&parted).expect("sound").expect("a run");
             assert_eq!((standing.meta.progress.step, standing.progress()), (step, progress));
             let mut third = trainer(&plan, 2);
-            standing.restore(&mut third).expect("restored");
+            let (batches, _) = streams(&Vocab::bytes());
+            if third.needs_data() && step == 0 {
+                let error = standing.restore(&mut third, None).expect_err("no data").to_string();
+                assert!(error.contains("step 1 ") && error.contains("only the data of the run"), "{error}");
+            }
+            standing.restore(&mut third, Some(&batches)).expect("restored");
             (third, standing)
         };
         let (restored, _) = third(3);
@@ -175,7 +200,7 @@ fn interruptions_and_threads_change_nothing() {
 
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights() {
-    let plan = plan(&Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 });
+    let plan = plan(probing(Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 }));
     let mut trainer = trainer(&plan, 1);
     let name = "norm.weight";
     let mut values = trainer.exec().weight::<f32>(name).expect("a weight").to_vec();
@@ -192,8 +217,22 @@ fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights() {
 }
 
 #[test]
+fn other_data_do_not_continue_a_run_along_gradients() {
+    let plan = plan(descending(DescentRule::Momentum { mu: 0.9 }));
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path().join("run");
+    train(&mut trainer(&plan, 1), &folder, None, 1);
+    fs::remove_file(checkpoint::path_of(&folder, 1)).expect("removed");
+    let standing = Standing::newest(&folder).expect("sound").expect("a run");
+    let stream = TokenStream::new(&[vec![7; 300]], Vocab::bytes().end_of_document());
+    let other = Batches::new(stream, TOKENS, SEED).expect("rows");
+    let error = standing.restore(&mut trainer(&plan, 1), Some(&other)).expect_err("another loss");
+    assert!(error.to_string().contains("step 1 has the loss"), "{error}");
+}
+
+#[test]
 fn plans_without_training_are_refused() {
-    let mut plan = plan(&Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 });
+    let mut plan = plan(probing(Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 }));
     let update = plan.entries.iter_mut().find(|e| e.name == "update").expect("an update");
     "other".clone_into(&mut update.name);
     let exec = Executable::new(plan, &ExecOptions { threads: 1, ..ExecOptions::default() }).expect("executable");

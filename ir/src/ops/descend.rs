@@ -2,7 +2,7 @@
 
 use super::{Accuracy, Axis, Flops, InferError, OpDef};
 use crate::{
-    Data, DType, Tensor, Type,
+    DType, Data, Tensor, Type,
     loops::{Expr, f32c, math},
     lower::Lower,
 };
@@ -170,9 +170,7 @@ impl Descend {
                 let (m, v) = means(cx, beta1, beta2);
                 let (mean, root) = (cx.bind(&m * c1), cx.bind((&v * c2).sqrt()));
                 let none = || f32c(0.0);
-                let sign = |x: &Expr| {
-                    x.clone().lt(none()).select(f32c(-1.0), none().lt(x).select(f32c(1.0), none()))
-                };
+                let sign = |x: &Expr| x.clone().lt(none()).select(f32c(-1.0), none().lt(x).select(f32c(1.0), none()));
                 let agreed = |a: Expr| f32c(rho) * &old[3] + f32c(rest(rho)) * a;
                 let idle = match idle {
                     Idle::Standard => agreed(none()),
@@ -210,7 +208,10 @@ impl OpDef for Descend {
             return Ok(ins[..n].to_vec());
         }
         let memory = self.rule.memory().join(", ");
-        Err(InferError::new(Self::NAME, format!("takes a weight, {memory}, a gradient of the same type and four rates")))
+        Err(InferError::new(
+            Self::NAME,
+            format!("takes a weight, {memory}, a gradient of the same type and four rates"),
+        ))
     }
 
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {

@@ -61,11 +61,7 @@ impl OpDef for DescentRates {
         let (norm, step, lr) =
             (Expr::load(cx.buf(0), first()), Expr::load(cx.buf(1), first()), Expr::load(cx.buf(2), first()));
         cx.grid(1);
-        let scale = if self.clip > 0.0 {
-            (f32c(self.clip) / (norm + f32c(1e-12))).min(f32c(1.0))
-        } else {
-            f32c(1.0)
-        };
+        let scale = if self.clip > 0.0 { (f32c(self.clip) / (norm + f32c(1e-12))).min(f32c(1.0)) } else { f32c(1.0) };
         cx.put(0, 0, scale);
         cx.put(0, 1, lr);
         let t = cx.bind(step + i32c(1));

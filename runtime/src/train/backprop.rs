@@ -3,8 +3,8 @@
 //! Invariant: the gradient itself never leaves the executable; of a step, the norm of the gradient is recorded. The update of a step
 //! therefore follows `backward` on the same batch, never a record alone.
 
-use super::step::{Probed, counted, weighted};
 use super::TrainError;
+use super::step::{Probed, counted, weighted};
 use crate::exec::{EntryId, Executable};
 use crate::text::Batch;
 use chimera_ir::plan::Plan;

@@ -137,12 +137,7 @@ impl Standing {
     }
 
     /// Leaves the gradient of a recorded step.
-    fn differentiate(
-        &self,
-        trainer: &mut Trainer,
-        s: &StepRecord,
-        data: Option<&Batches>,
-    ) -> Result<(), TrainError> {
+    fn differentiate(&self, trainer: &mut Trainer, s: &StepRecord, data: Option<&Batches>) -> Result<(), TrainError> {
         let error = |reason| TrainError::Journal { path: self.file.path().to_path_buf(), reason, damaged: false };
         let data = data.ok_or_else(|| {
             error(format!(

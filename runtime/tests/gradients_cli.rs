@@ -1,0 +1,115 @@
+//! `chimera-run train` along gradients as a user meets it: what it prints, how it resumes and replays, and what it refuses.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use chimera_runtime::files::b158::B158;
+
+/// A model with experts and a loop whose depth is drawn.
+const MODEL: &str = r#"{
+  "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
+  "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
+  "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 3], "loop_default": 2,
+    "depth_selection": "stochastic_per_sequence" }
+}"#;
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Place {
+        let place = Place(tempfile::tempdir().expect("a folder"));
+        fs::write(place.path("model.json"), MODEL).expect("written");
+        fs::write(place.path("data.txt"), "the cat sat on the mat, the dog on the log. ".repeat(60)).expect("written");
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn run(&self, words: &[&str]) -> (Option<i32>, String, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
+        command.current_dir(self.0.path()).args(words).env("CHIMERA_CODE_CACHE", "off");
+        let Output { status, stdout, stderr } = command.output().expect("the command starts");
+        let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+        (status.code(), text(stdout), text(stderr))
+    }
+
+    /// `train model.json` on the data and further words.
+    fn train(&self, words: &[&str]) -> (Option<i32>, String, String) {
+        let first = ["train", "model.json", "--data", "data.txt", "--batch", "4", "--seq-len", "16"];
+        self.run(&[&first[..], &["--lr-decay", "constant", "--warmup", "2", "--val-every", "0"], words].concat())
+    }
+
+    /// Name and bytes of every tensor of a checkpoint.
+    fn tensors(&self, checkpoint: &str) -> Vec<(String, Vec<u8>)> {
+        let file = B158::open(&self.path(checkpoint)).expect("a checkpoint");
+        let names: Vec<String> = file.iter().map(|t| t.0.to_owned()).collect();
+        names.into_iter().map(|n| (n.clone(), file.require(&n).expect("a tensor").bytes.to_vec())).collect()
+    }
+}
+
+#[test]
+fn runs_learn_resume_and_replay() {
+    let place = Place::new();
+    for (estimator, memory) in [("adamw", "optim.v."), ("sgd", "optim.m."), ("chimera21", "optim.psi.")] {
+        let whole = format!("{estimator}-whole");
+        let words = ["--estimator", estimator, "--threads", "2", "--steps", "12", "--json", "--out", &whole];
+        let (code, stdout, stderr) = place.train(&words);
+        assert_eq!((code, stdout.lines().count()), (Some(0), 12), "{stderr}");
+        let steps: Vec<serde_json::Value> = stdout.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+        let loss = |i: usize| steps[i]["loss"].as_f64().expect("a loss");
+        assert!(loss(11) < loss(0) - 0.1, "{estimator}: {} after {}", loss(11), loss(0));
+        assert!(steps.iter().all(|s| s["gradient_norm"].as_f64().is_some_and(|n| n > 0.0) && s["spread"].is_null()));
+
+        // Five steps, then a process that is killed: the journal has them, the checkpoint behind them is gone.
+        let parts = format!("{estimator}-parts");
+        let (code, _, stderr) =
+            place.train(&["--estimator", estimator, "--threads", "1", "--steps", "5", "--out", &parts]);
+        assert_eq!(code, Some(0), "{stderr}");
+        fs::remove_file(place.path(&format!("{parts}/step-00000005.b158"))).expect("removed");
+        let (code, stdout, stderr) = place.run(&["replay", &parts, "--to", "3", "--threads", "1"]);
+        assert_eq!((code, stdout.trim()), (Some(0), format!("{parts}/replayed-00000003.b158").as_str()), "{stderr}");
+        let (code, _, stderr) = place.run(&["train", "--resume", &parts, "--steps", "12", "--threads", "1"]);
+        assert_eq!(code, Some(0), "{stderr}");
+        assert!(stderr.contains("5 steps of the journal"), "{stderr}");
+        let end = place.tensors(&format!("{parts}/step-00000012.b158"));
+        assert!(
+            end == place.tensors(&format!("{whole}/step-00000012.b158")),
+            "{estimator}: a resumed run has the same bits"
+        );
+        assert!(end.iter().any(|t| t.0.starts_with(memory)) && !end.iter().any(|t| t.0.starts_with("grad.")));
+        let (code, stdout, stderr) = place.run(&["verify-run", &whole, &parts, "--to", "12", "--threads", "1"]);
+        assert!(code == Some(0) && stdout.starts_with("equal: 12 steps"), "{stdout}{stderr}");
+    }
+}
+
+#[test]
+fn replay_without_the_data_says_so() {
+    let place = Place::new();
+    let (code, _, stderr) = place.train(&["--estimator", "sgd", "--steps", "2", "--out", "run"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    fs::write(place.path("data.txt"), "other words. ".repeat(200)).expect("written");
+    let (code, _, stderr) = place.run(&["replay", "run", "--to", "1"]);
+    assert!(code == Some(1) && stderr.contains("need the data of the run"), "{code:?}: {stderr}");
+    let (code, _, stderr) = place.run(&["replay", "run", "--to", "2"]);
+    assert_eq!(code, Some(0), "a step with a checkpoint needs no data: {stderr}");
+}
+
+#[test]
+fn options_of_other_estimators_are_refused() {
+    let place = Place::new();
+    for (words, what) in [
+        (&["--estimator", "adamw", "--rank", "2"][..], "--rank has no meaning for the estimator adamw"),
+        (&["--beta1", "0.8"], "choose --estimator adamw or chimera21"),
+        (&["--estimator", "sgd", "--zero-gradient", "freeze"], "choose --estimator chimera21"),
+        (&["--estimator", "adamw", "--clip=-1"], "expected a number of at least 0"),
+        (&["--estimator", "adam"], "adamw"),
+    ] {
+        let (code, _, stderr) = place.train(&[words, &["--steps", "1", "--out", "none"]].concat());
+        assert!(code == Some(2) && stderr.contains(what), "{words:?}: {code:?}: {stderr}");
+        assert!(!place.path("none").exists(), "{words:?} leaves no folder");
+    }
+}
