@@ -255,7 +255,7 @@ impl OpDef for CrossEntropyWeight {
                             (h, &x0, n),
                             [&zero, &count],
                             [tile, lanes],
-                            Some(&start),
+                            &start,
                             &|cx, i, lane, w| cx.b.store(sum, &at + lane + i * n, w),
                         );
                     });

@@ -26,9 +26,11 @@ pub struct WeightGrad {
 }
 
 /// Rows and columns of a register tile.
-const TILE: [usize; 2] = [3, 16];
+const TILE: [usize; 2] = [6, 16];
 /// Rows of the weight that one instance makes.
-const BLOCK: usize = 24;
+const BLOCK: usize = 64;
+/// Rows of the operands that are gathered where a cache holds them; sums wait in between.
+const SPAN: usize = 128;
 /// Rows of the samples with grouped rows.
 const GROUPED_ROWS: usize = 41;
 
@@ -43,13 +45,13 @@ pub(super) fn outer_tile(
     (x, x0, x_stride): (Buf, &Expr, usize),
     [lo, hi]: [&Expr; 2],
     [rows, width]: [usize; 2],
-    start: Option<Start<'_>>,
+    start: Start<'_>,
     store: &dyn Fn(&mut Lower<'_>, usize, &Expr, Expr),
 ) {
     cx.lanes(0, width, width.div_ceil(4) as u8, |cx, lane| {
         let mut accs = vec![];
         for i in 0..rows {
-            let from = start.map_or(f32c(0.0), |f| f(cx, i, &lane));
+            let from = start(cx, i, &lane);
             accs.push(cx.b.local(from));
         }
         cx.each(lo, hi, |cx, r| {
@@ -73,6 +75,18 @@ pub(super) fn pieces(cx: &mut Lower<'_>, n: usize, size: usize, run: &dyn Fn(&mu
     if n > full {
         run(cx, &full.into(), n - full);
     }
+}
+
+/// Copies `count` rows of `width` elements, which begin `stride` apart, one behind the other.
+fn gather(cx: &mut Lower<'_>, (from, from0, stride): (Buf, &Expr, usize), to: Buf, count: &Expr, width: usize) {
+    let from0 = cx.b.bind(from0);
+    cx.each(0, count.clone(), |cx, r| {
+        let (source, target) = (cx.b.bind(&from0 + &r * stride), cx.b.bind(&r * width));
+        cx.lanes(0, width, width.div_ceil(4) as u8, |cx, lane| {
+            let value = Expr::load(from, &source + &lane);
+            cx.b.store(to, &target + lane, value);
+        });
+    });
 }
 
 impl WeightGrad {
@@ -146,16 +160,34 @@ impl OpDef for WeightGrad {
         };
         let o0 = cx.b.bind(block.clone() * BLOCK);
         let to = cx.b.bind((g * m + &o0) * n);
+        let mut scratch = |name: &str, len: usize| cx.b.scratch(name, DType::F32, len);
+        let (left, right) = (scratch("dy", SPAN * BLOCK), scratch("x", SPAN * TILE[1]));
+        let sum = scratch("sum", m.min(BLOCK) * n);
         let part = |cx: &mut Lower<'_>, height: usize| {
-            pieces(cx, n, TILE[1], &|cx, j, width| {
-                pieces(cx, height, TILE[0], &|cx, i, tile| {
-                    let left = cx.b.bind(&o0 + i);
-                    let to = cx.b.bind(&to + i * n + j);
-                    outer_tile(cx, (dy, &left, m), (x, j, n), [&lo, &hi], [tile, width], None, &|cx, r, lane, w| {
-                        cx.put(0, &to + lane + r * n, w);
+            cx.lanes(0, height * n, 4, |cx, i| cx.b.store(sum, i, f32c(0.0)));
+            cx.each_step(lo.clone(), hi.clone(), SPAN, |cx, first| {
+                let count = cx.b.bind((hi.clone() - &first).min(Expr::from(SPAN)));
+                gather(cx, (dy, &(&first * m + &o0), m), left, &count, height);
+                pieces(cx, n, TILE[1], &|cx, j, width| {
+                    gather(cx, (x, &(&first * n + j), n), right, &count, width);
+                    pieces(cx, height, TILE[0], &|cx, i, tile| {
+                        let at = cx.b.bind(i * n + j);
+                        let (zero, start) = (Expr::from(0), |_: &mut Lower<'_>, r: usize, lane: &Expr| {
+                            Expr::load(sum, &at + lane + r * n)
+                        });
+                        outer_tile(
+                            cx,
+                            (left, i, height),
+                            (right, &zero, width),
+                            [&zero, &count],
+                            [tile, width],
+                            &start,
+                            &|cx, r, lane, w| cx.b.store(sum, &at + lane + r * n, w),
+                        );
                     });
                 });
             });
+            cx.lanes(0, height * n, 4, |cx, i| cx.put(0, &to + &i, Expr::load(sum, i)));
         };
         match (full, rest) {
             (_, 0) => part(cx, BLOCK),
@@ -184,6 +216,8 @@ impl OpDef for WeightGrad {
             of(&[33], 50, 3, None),
             of(&[4, 2], 24, 16, Some(2)),
             of(&[3], 1, 1, None),
+            of(&[3, 50], 70, 18, None),
+            of(&[2, 130], 5, 33, Some(2)),
             grouped(4, 1),
             grouped(3, 2),
         ]

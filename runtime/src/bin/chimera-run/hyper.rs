@@ -247,7 +247,7 @@ impl HyperArgs {
         let hyper = self.fresh();
         let row = hyper.estimator.row();
         let foreign = |key: &&str| OF_SOME.contains(key) && !row.options.contains(key);
-        let Some(key) = self.given().into_iter().map(|(key, _)| key).find(|key| foreign(&key)) else {
+        let Some(key) = self.given().into_iter().map(|(key, _)| key).find(foreign) else {
             return Ok(hyper);
         };
         let owners = ESTIMATORS.iter().filter(|r| r.options.contains(&key)).map(|r| r.name.text());
