@@ -64,6 +64,10 @@ fn runs_learn_resume_and_replay() {
         assert!(loss(11) < loss(0) - 0.1, "{estimator}: {} after {}", loss(11), loss(0));
         assert!(steps.iter().all(|s| s["gradient_norm"].as_f64().is_some_and(|n| n > 0.0) && s["spread"].is_null()));
 
+        let (code, _, stderr) = place.run(&["report", &whole, "-o", "page.html"]);
+        let page = fs::read_to_string(place.path("page.html")).expect("a page");
+        assert!(code == Some(0) && page.contains("norm of the gradient") && !page.contains("probes' diff"), "{stderr}");
+
         // Five steps, then a process that is killed: the journal has them, the checkpoint behind them is gone.
         let parts = format!("{estimator}-parts");
         let (code, _, stderr) =

@@ -361,7 +361,10 @@ fn the_quickstart_trains_saves_loads_and_writes() {
     let Output { status, stdout, stderr } = command.output().expect("the command starts");
     let stderr = String::from_utf8_lossy(&stderr);
     assert_eq!(status.code(), Some(0), "{stderr}");
-    for what in ["unigram entropy", "held out:", "bits/byte", "saved chimera-quickstart/step-", "next:"] {
+    assert_eq!(stderr.matches("trial of ").count(), 2, "both estimators are tried: {stderr}");
+    for what in
+        ["trial of adamw: ", "unigram entropy", "held out:", "bits/byte", "saved chimera-quickstart/step-", "next:"]
+    {
         assert!(stderr.contains(what), "no {what:?} in {stderr}");
     }
     assert!(stdout.len() > 20, "a sample");

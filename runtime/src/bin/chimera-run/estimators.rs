@@ -27,6 +27,10 @@ pub enum EstimatorName {
 /// What an estimator has of its own.
 pub struct EstimatorRow {
     pub name: EstimatorName,
+    /// Whether it goes along the gradient.
+    pub gradients: bool,
+    /// Default of `--batch`.
+    pub batch: u32,
     /// Default of `--lr`.
     pub lr: f64,
     /// Default of `--warmup`.
@@ -63,6 +67,8 @@ pub const OF_SOME: [&str; 16] = [
 pub const ESTIMATORS: [EstimatorRow; 5] = [
     EstimatorRow {
         name: EstimatorName::PerseqLowrank,
+        gradients: false,
+        batch: 16,
         lr: 0.01,
         warmup: 0,
         weight_decay: 0.0,
@@ -71,6 +77,8 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     },
     EstimatorRow {
         name: EstimatorName::Mezo,
+        gradients: false,
+        batch: 16,
         lr: 1e-4,
         warmup: 0,
         weight_decay: 0.0,
@@ -79,7 +87,9 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     },
     EstimatorRow {
         name: EstimatorName::Adamw,
-        lr: 3e-3,
+        gradients: true,
+        batch: 8,
+        lr: 2e-3,
         warmup: 20,
         weight_decay: 0.1,
         beta2: 0.95,
@@ -87,6 +97,8 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     },
     EstimatorRow {
         name: EstimatorName::Sgd,
+        gradients: true,
+        batch: 8,
         lr: 0.03,
         warmup: 20,
         weight_decay: 0.0,
@@ -95,7 +107,9 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     },
     EstimatorRow {
         name: EstimatorName::Chimera21,
-        lr: 3e-3,
+        gradients: true,
+        batch: 8,
+        lr: 2e-3,
         warmup: 20,
         weight_decay: 0.1,
         beta2: 0.999,

@@ -39,10 +39,10 @@ pub struct HyperArgs {
     /// Tokens of a row [default: 64]
     #[arg(long, env = "CHIMERA_SEQ_LEN", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub seq_len: Option<u32>,
-    /// Rows of a batch [default: 16]
+    /// Rows of a batch [default: 8 along gradients, else 16]
     #[arg(long, env = "CHIMERA_BATCH", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
     pub batch: Option<u32>,
-    /// Greatest learning rate [default: 0.01 perseq-lowrank, 1e-4 mezo, 3e-3 adamw and chimera21, 0.03 sgd]
+    /// Greatest learning rate [default: 0.01 perseq-lowrank, 1e-4 mezo, 2e-3 adamw and chimera21, 0.03 sgd]
     #[arg(long, env = "CHIMERA_LR", value_parser = positive)]
     pub lr: Option<f64>,
     /// Learning rate behind the warm-up: constant or cosine [default: cosine]
@@ -188,7 +188,7 @@ impl HyperArgs {
         let row = estimator.row();
         Hyper {
             seq_len: self.seq_len.unwrap_or(64),
-            batch: self.batch.unwrap_or(16),
+            batch: self.batch.unwrap_or(row.batch),
             lr: self.lr.unwrap_or(row.lr),
             lr_decay: self.lr_decay.unwrap_or(Decay::Cosine).name().into(),
             lr_floor: self.lr_floor.unwrap_or(0.1),

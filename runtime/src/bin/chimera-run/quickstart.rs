@@ -1,7 +1,9 @@
-//! `chimera-run quickstart`: without any file of the user's, train a small model on the embedded corpus, save it, load it and let it write.
+//! `chimera-run quickstart`: without any file of the user's, find the better estimator for a small model on the embedded corpus, train,
+//! save, load, and let it write.
 //!
 //! Invariant: every number that is shown was measured in this run, on text that was not trained on where it says held out.
 
+use crate::estimators::EstimatorName;
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::compile_entries;
 use crate::options::{Failure, RunOptions as ExecArgs};
@@ -17,7 +19,9 @@ use chimera_runtime::text::{
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::weights::WeightFile;
-use chimera_runtime::train::{Budget, Decay, Outcome, Progress, Run, RunOptions, Schedule, Trainer, init};
+use chimera_runtime::train::{
+    Budget, Decay, Event, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
+};
 use std::collections::HashSet;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
@@ -38,7 +42,12 @@ const SAMPLE: usize = 400;
 /// What the sample continues.
 const PROMPT: &str = "/// The ";
 
-/// Wider initial weights than the family's: steps are relative to the size of weights, and two minutes are too short to grow them.
+/// What the data are called in checkpoints.
+const DATA: &str = "the embedded corpus";
+/// The estimators that are tried where nobody asks for one, and the share of the time that each of them gets.
+const RIVALS: [EstimatorName; 2] = [EstimatorName::PerseqLowrank, EstimatorName::Adamw];
+const TRIAL: f64 = 0.125;
+/// Wider initial weights than the family's where losses are compared: steps are relative to the size of weights, and two minutes are too short to grow them.
 const INITIALIZER: &str = "initializer_range=0.05";
 
 /// Options of `quickstart`.
@@ -63,49 +72,38 @@ pub struct Args {
 pub fn run(args: Args) -> Result<(), Failure> {
     let interrupt = Interrupt::register()?;
     let folder = free_folder(args.out.as_deref())?;
-    let hyper = hyper(&args);
     let vocab = Vocab::bytes();
-    let sets = vec![INITIALIZER.to_owned()];
-    let overrides = Overrides { vocab_size: Some(vocab.size()), sets, ..Overrides::default() };
-    let model = config::preset(Scale::Pico, &overrides)?.model;
-    let (batches, validation) = data(&vocab, &hyper)?;
     let reporter = Reporter::new(None, false, false);
-    let entropy = text::unigram_bits_per_byte(&vocab, batches.tokens()).unwrap_or(f64::NAN);
-    let mut exec = Executable::new(training_plan(&model, &hyper, vec![], &args.exec)?, &args.exec.exec())?;
-    init::initialise(&mut exec, hyper.seed)?;
+    let (estimator, seconds) = match args.hyper.estimator {
+        Some(given) => (given, args.seconds as f64),
+        None => match compare(&args, &vocab, &interrupt, &reporter)? {
+            Some(better) => better,
+            None => return Ok(()),
+        },
+    };
+    let hyper = hyper(&args, estimator, seconds)?;
+    let mut start = Start::new(&args, &hyper, &vocab)?;
+    let entropy = text::unigram_bits_per_byte(&vocab, start.batches.tokens()).unwrap_or(f64::NAN);
     reporter.say(&format!(
-        "a byte-level model of {} parameters, trained on {} KB of this project's own text for {} s by comparing losses, without back-propagation",
-        config::parameter_count(&model),
-        batches.len() / 1000,
-        args.seconds,
+        "a byte-level model of {} parameters, trained on {} KB of this project's own text for {seconds:.0} s {}",
+        config::parameter_count(&start.model),
+        start.batches.len() / 1000,
+        match estimator.row().gradients {
+            true => "along the gradient",
+            false => "by comparing losses, without back-propagation",
+        },
     ));
     reporter.say(&format!("the text has a unigram entropy of {entropy:.3} bits/byte; a uniform guess needs 8.0"));
-    let meta = Meta {
-        config: exec.plan().config.clone(),
-        vocab: vocab.to_text(),
-        options: serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?,
-        data: "the embedded corpus".into(),
-        progress: Progress::default(),
-    };
-    args.exec.trace.start(&mut exec);
-    let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model));
-    let options = run_options(&hyper, folder.clone());
-    let before = trainer.measure(&validation, options.validation_rows, &vocab)?;
-    let journal = Some(Journal::create(&folder, &Header::new(0, &meta.config, &meta.data))?);
+    args.exec.trace.start(start.trainer.exec_mut());
+    let before = start.measure(&vocab)?;
+    let config = start.trainer.exec().plan().config.clone();
+    let journal = Journal::create(&folder, &Header::new(0, &config, DATA))?;
     let mut reporter = Reporter::new(Some(Records::open(&folder, 0, false)?), false, false);
-    let mut run = Run {
-        trainer: &mut trainer,
-        batches: &batches,
-        validation: &validation,
-        vocab: &vocab,
-        progress: Progress::default(),
-        meta,
-        journal,
-    };
-    let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
+    let trained = start.train(&hyper, &vocab, Some((&folder, journal)), &interrupt, &mut |event| reporter.hear(event));
     reporter.finish();
-    let (outcome, progress) = (outcome?, run.progress);
-    let after = trainer.measure(&validation, options.validation_rows, &vocab)?;
+    let (outcome, progress) = trained?;
+    let after = start.measure(&vocab)?;
+    let Start { mut trainer, model, .. } = start;
     let forwards = progress.step * trainer.forward_tokens();
     args.exec.trace.finish(trainer.exec_mut())?;
     drop(trainer);
@@ -120,35 +118,143 @@ pub fn run(args: Args) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The options of the run: what the two minutes are best spent on, unless given.
-fn hyper(args: &Args) -> Hyper {
-    let given = &args.hyper;
-    let tuned = HyperArgs {
-        seq_len: given.seq_len.or(Some(12)),
-        batch: given.batch.or(Some(128)),
-        lr: given.lr.or(Some(0.012)),
-        lr_decay: given.lr_decay.or(Some(Decay::Cosine)),
-        lr_floor: given.lr_floor.or(Some(0.01)),
-        kappa: given.kappa.or(Some(0.3)),
-        sigma: given.sigma.or(Some(0.03)),
-        val_fraction: given.val_fraction.or(Some(0.05)),
-        ..given.clone()
-    };
-    Hyper { seconds: Some(args.seconds as f64), ..tuned.fresh() }
+/// A model with fresh weights and its data.
+struct Start {
+    model: ModelConfig,
+    batches: Batches,
+    validation: TokenStream,
+    trainer: Trainer,
+    /// Rows of a measurement.
+    rows: usize,
 }
 
-fn run_options(hyper: &Hyper, folder: PathBuf) -> RunOptions {
+impl Start {
+    fn new(args: &Args, hyper: &Hyper, vocab: &Vocab) -> Result<Start, Failure> {
+        let wide = (!hyper.estimator.row().gradients).then(|| INITIALIZER.to_owned());
+        let overrides =
+            Overrides { vocab_size: Some(vocab.size()), sets: wide.into_iter().collect(), ..Overrides::default() };
+        let model = config::preset(Scale::Pico, &overrides)?.model;
+        let (batches, validation) = data(vocab, hyper)?;
+        let mut exec = Executable::new(training_plan(&model, hyper, vec![], &args.exec)?, &args.exec.exec())?;
+        init::initialise(&mut exec, hyper.seed)?;
+        let trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model));
+        let rows = (VALIDATION_TOKENS / hyper.seq_len as usize).max(1);
+        Ok(Start { model, batches, validation, trainer, rows })
+    }
+
+    fn measure(&mut self, vocab: &Vocab) -> Result<LossTally, Failure> {
+        Ok(self.trainer.measure(&self.validation, self.rows, vocab)?)
+    }
+
+    /// Trains as long as `hyper` says; in memory alone where there is no folder.
+    fn train(
+        &mut self,
+        hyper: &Hyper,
+        vocab: &Vocab,
+        disk: Option<(&Path, Journal)>,
+        interrupt: &Interrupt,
+        hear: &mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
+    ) -> Result<(Outcome, Progress), Failure> {
+        let meta = Meta {
+            config: self.trainer.exec().plan().config.clone(),
+            vocab: vocab.to_text(),
+            options: serde_json::to_string(hyper).map_err(|e| Failure::new(e.to_string()))?,
+            data: DATA.into(),
+            progress: Progress::default(),
+        };
+        let (folder, journal) = match disk {
+            Some((folder, journal)) => (Some(folder.to_path_buf()), Some(journal)),
+            None => (None, None),
+        };
+        let options = run_options(hyper, self.rows, folder);
+        let mut run = Run {
+            trainer: &mut self.trainer,
+            batches: &self.batches,
+            validation: &self.validation,
+            vocab,
+            progress: Progress::default(),
+            meta,
+            journal,
+        };
+        let outcome = run.train(&options, &|| interrupt.requested(), hear)?;
+        Ok((outcome, run.progress))
+    }
+}
+
+/// Trains by each of [`RIVALS`] for a share of the time from the same text, and says which one was better and how many seconds are
+/// left; nothing when it was interrupted.
+fn compare(
+    args: &Args,
+    vocab: &Vocab,
+    interrupt: &Interrupt,
+    reporter: &Reporter,
+) -> Result<Option<(EstimatorName, f64)>, Failure> {
+    let seconds = args.seconds as f64 * TRIAL;
+    let mut best: Option<(EstimatorName, f64)> = None;
+    for estimator in RIVALS {
+        let hyper = hyper(args, estimator, seconds)?;
+        let mut start = Start::new(args, &hyper, vocab)?;
+        let (outcome, progress) = start.train(&hyper, vocab, None, interrupt, &mut |_| Ok(()))?;
+        if outcome == Outcome::Stopped {
+            return Ok(None);
+        }
+        let bits = start.measure(vocab)?.bits_per_byte().unwrap_or(f64::INFINITY);
+        reporter.say(&format!(
+            "trial of {}: {bits:.3} bits/byte held out behind {} steps and {} K tokens of text in {:.0} s",
+            estimator.text(),
+            progress.step,
+            progress.position / 1000,
+            progress.seconds
+        ));
+        if best.is_none_or(|(_, least)| bits < least) {
+            best = Some((estimator, bits));
+        }
+    }
+    let left = args.seconds as f64 - seconds * RIVALS.len() as f64;
+    Ok(best.map(|(estimator, _)| (estimator, left)))
+}
+
+/// The options of a run: what the time is best spent on, unless given.
+///
+/// # Errors
+/// An option that the estimator does not have.
+fn hyper(args: &Args, estimator: EstimatorName, seconds: f64) -> Result<Hyper, Failure> {
+    let given = &args.hyper;
+    let tuned = match estimator.row().gradients {
+        true => HyperArgs {
+            estimator: Some(estimator),
+            lr_floor: given.lr_floor.or(Some(0.03)),
+            val_fraction: given.val_fraction.or(Some(0.05)),
+            ..given.clone()
+        },
+        false => HyperArgs {
+            estimator: Some(estimator),
+            seq_len: given.seq_len.or(Some(12)),
+            batch: given.batch.or(Some(128)),
+            lr: given.lr.or(Some(0.012)),
+            lr_decay: given.lr_decay.or(Some(Decay::Cosine)),
+            lr_floor: given.lr_floor.or(Some(0.01)),
+            kappa: given.kappa.or((estimator == EstimatorName::PerseqLowrank).then_some(0.3)),
+            sigma: given.sigma.or((estimator == EstimatorName::PerseqLowrank).then_some(0.03)),
+            val_fraction: given.val_fraction.or(Some(0.05)),
+            ..given.clone()
+        },
+    };
+    Ok(Hyper { seconds: Some(seconds), ..tuned.checked()? })
+}
+
+fn run_options(hyper: &Hyper, validation_rows: usize, folder: Option<PathBuf>) -> RunOptions {
     let decay = hyper.lr_decay.parse().unwrap_or(Decay::Cosine);
     RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
         schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
-        validate_every: VALIDATE_EVERY,
-        validation_rows: (VALIDATION_TOKENS / hyper.seq_len as usize).max(1),
+        validate_every: if folder.is_some() { VALIDATE_EVERY } else { 0 },
+        validation_rows,
         save_every: 0,
         keep: 1,
-        explosion: EXPLOSION,
+        explosion: if folder.is_some() { EXPLOSION } else { 0.0 },
         writing: None,
-        folder: Some(folder),
+        folder,
     }
 }
 
@@ -170,7 +276,7 @@ fn free_folder(asked: Option<&Path>) -> Result<PathBuf, Failure> {
 
 /// The embedded corpus, its documents in one source so that some of them are held out whole.
 fn data(vocab: &Vocab, hyper: &Hyper) -> Result<(Batches, TokenStream), Failure> {
-    let source = TokenSource::of_documents("the embedded corpus", vocab, &corpus::documents())?;
+    let source = TokenSource::of_documents(DATA, vocab, &corpus::documents())?;
     let split = text::split(&[source], hyper.val_fraction, vocab.end_of_document())?;
     Ok((Batches::mixed(split.train, hyper.seq_len as usize, hyper.seed)?, split.validation))
 }

@@ -148,8 +148,13 @@ fn charts(out: &mut String, steps: &[Value], events: &[Value]) {
         series("forward passes", &seconds, "forward_tokens_per_second", false),
     ];
     out.push_str(&chart(time("Speed", "tokens/s"), &speed, &marks(&seconds)));
-    let health = [series("root mean square of the probes' differences", &seconds, "spread", false)];
-    out.push_str(&chart(time("Estimator: what the probes tell apart", "nats/token"), &health, &marks(&seconds)));
+    if steps.iter().any(|l| number(l, "gradient_norm").is_some()) {
+        let health = [series("norm of the gradient before it is limited", &seconds, "gradient_norm", false)];
+        out.push_str(&chart(time("Estimator: length of the gradient", ""), &health, &marks(&seconds)));
+    } else {
+        let health = [series("root mean square of the probes' differences", &seconds, "spread", false)];
+        out.push_str(&chart(time("Estimator: what the probes tell apart", "nats/token"), &health, &marks(&seconds)));
+    }
     let rate = [series("learning rate", &seconds, "lr", false)];
     out.push_str(&chart(time("Learning rate", ""), &rate, &marks(&seconds)));
     let points = steps.iter().filter_map(|l| Some([seconds(l), number(l, "memory")? / f64::from(1 << 20)])).collect();
