@@ -4,8 +4,8 @@
 //! memory, and what a step needs of the host are three numbers.
 
 use chimera_ir::{
-    DType, Data, Graph, Tensor, Type,
-    ops::{AddTotal, Balance, Descend, DescentRates, DescentRule, InferError, RowSquares},
+    DType, Data, Graph, Tensor, Type, Value,
+    ops::{AddTotal, Balance, Binary, BinaryFn, Descend, DescentRates, DescentRule, InferError, RowSquares},
     plan::WeightKind,
 };
 
@@ -30,21 +30,28 @@ pub struct Descent {
 /// The sum of all squares of the gradient, an output of `backward`: `f64 [1]`.
 pub const SQUARES: &str = "squares";
 
-/// The gradients of a differentiated loss go to states of their names instead of outputs, and their squares are summed up.
+/// The input of a `backward` that accumulates: what the gradient of this part counts, `f32 [1]`.
+pub const SHARE: &str = "share";
+
+/// The gradients of a differentiated loss go to states of their names instead of outputs, added to what is there with `accumulate`, and
+/// the squares of the states are summed up.
 ///
 /// # Errors
 /// When an operation refuses its operands.
-pub fn keep(old: &Graph) -> Result<Graph, InferError> {
+pub fn keep(old: &Graph, accumulate: bool) -> Result<Graph, InferError> {
     let mut g = old.clone();
     g.at("gradient");
     let (grads, outputs) = g.outputs.drain(..).partition(|(name, _)| name.starts_with(GRAD));
     g.outputs = outputs;
-    let grads: Vec<(String, chimera_ir::Value)> = grads;
+    let grads: Vec<(String, Value)> = grads;
     let mut total = g.constant(Tensor { ty: Type::new(DType::F64, &[1]), data: Data::F64(vec![0.0]) });
-    for (name, v) in grads {
+    for (name, mut v) in grads {
+        let before = g.state(name.clone(), g.ty(v).clone());
+        if accumulate {
+            v = g.op(Binary { f: BinaryFn::Add }, &[v, before])?;
+        }
         let rows = g.op(RowSquares {}, &[v])?;
         total = g.op(AddTotal {}, &[total, rows])?;
-        g.state(name.clone(), g.ty(v).clone());
         g.writes.push((name, v));
     }
     g.outputs.push((SQUARES.to_owned(), total));

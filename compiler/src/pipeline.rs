@@ -40,7 +40,10 @@ pub enum EntryKind {
     /// `grad`: the loss, and its gradient with respect to every weight that can be trained.
     Grad,
     /// `backward`: the loss; its gradient stays for `update`.
-    Backward,
+    Backward {
+        /// Whether the gradient, times an input `share`, adds to the one that is there.
+        accumulate: bool,
+    },
     /// `logits`: all logits, states carried.
     Logits,
     /// `prefill`: states only, in chunks.
@@ -61,7 +64,7 @@ impl EntryKind {
         match self {
             EntryKind::Loss => "loss",
             EntryKind::Grad => "grad",
-            EntryKind::Backward => "backward",
+            EntryKind::Backward { .. } => "backward",
             EntryKind::Logits => "logits",
             EntryKind::Prefill => "prefill",
             EntryKind::Decode => "decode",
@@ -95,7 +98,8 @@ impl fmt::Display for EntrySpec {
             Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
         }
         match &self.kind {
-            EntryKind::Loss | EntryKind::Grad | EntryKind::Backward => Ok(()),
+            EntryKind::Loss | EntryKind::Grad => Ok(()),
+            EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
             EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
             EntryKind::DualLoss(scheme) => write!(f, " {scheme:?}"),
@@ -224,7 +228,7 @@ pub fn compile_observed(
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
-            EntryKind::Grad | EntryKind::Backward => Some("needs"),
+            EntryKind::Grad | EntryKind::Backward { .. } => Some("needs"),
             EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) => Some("changes"),
             EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => None,
         };
@@ -239,7 +243,7 @@ pub fn compile_observed(
         };
         let g = match &spec.kind {
             EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
-            EntryKind::Grad | EntryKind::Backward => {
+            EntryKind::Grad | EntryKind::Backward { .. } => {
                 let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
                 grad::unroll(&build(Head::Loss, Form::Chunked, false)?, half).map_err(fail("build"))?
             }
@@ -263,7 +267,7 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward) if l.stochastic => {
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. }) if l.stochastic => {
             Depth::PerRow { max: l.range[1], adaptive: false }
         }
         (Some(l), _) => Depth::Fixed(l.default),
@@ -337,11 +341,12 @@ fn stages(
                 true
             }
             EntryKind::Grad => {
-                g = grad::grad(&g, &trainable).map_err(Stages::error("transform", name))?;
+                g = grad::grad(&g, &trainable, None).map_err(Stages::error("transform", name))?;
                 true
             }
-            EntryKind::Backward => {
-                let kept = grad::grad(&g, &trainable).and_then(|g| descend::keep(&g));
+            EntryKind::Backward { accumulate } => {
+                let share = accumulate.then_some(descend::SHARE);
+                let kept = grad::grad(&g, &trainable, share).and_then(|g| descend::keep(&g, *accumulate));
                 g = kept.map_err(Stages::error("transform", name))?;
                 true
             }

@@ -91,6 +91,31 @@ fn runs_learn_resume_and_replay() {
 }
 
 #[test]
+fn parts_of_a_batch_add_up() {
+    let place = Place::new();
+    let steps = |parts: &str| {
+        let words = ["--estimator", "adamw", "--steps", "3", "--json", "--accumulate", parts, "--out", parts];
+        let (code, stdout, stderr) = place.train(&words);
+        assert_eq!((code, stdout.lines().count()), (Some(0), 3), "{stderr}");
+        let line = |l: &str| -> [f64; 3] {
+            let v: serde_json::Value = serde_json::from_str(l).expect("JSON");
+            ["loss", "gradient_norm", "data_tokens"].map(|key| v[key].as_f64().expect("a number"))
+        };
+        stdout.lines().map(line).collect::<Vec<_>>()
+    };
+    let whole = steps("1");
+    for parts in ["2", "4"] {
+        for (a, b) in whole.iter().zip(steps(parts)) {
+            assert!((a[0] - b[0]).abs() < 1e-4 && (a[1] / b[1] - 1.0).abs() < 1e-3 && a[2] == b[2], "{a:?}, {b:?}");
+        }
+    }
+    // A run in parts goes on from its journal too.
+    fs::remove_file(place.path("2/step-00000003.b158")).expect("removed");
+    let (code, _, stderr) = place.run(&["replay", "2", "--to", "3", "-o", "again.b158"]);
+    assert_eq!(code, Some(0), "{stderr}");
+}
+
+#[test]
 fn replay_without_the_data_says_so() {
     let place = Place::new();
     let (code, _, stderr) = place.train(&["--estimator", "sgd", "--steps", "2", "--out", "run"]);
@@ -110,6 +135,7 @@ fn options_of_other_estimators_are_refused() {
         (&["--beta1", "0.8"], "choose --estimator adamw or chimera21"),
         (&["--estimator", "sgd", "--zero-gradient", "freeze"], "choose --estimator chimera21"),
         (&["--estimator", "adamw", "--clip=-1"], "expected a number of at least 0"),
+        (&["--estimator", "adamw", "--accumulate", "3"], "does not divide the batch of 4 rows"),
         (&["--estimator", "adam"], "adamw"),
     ] {
         let (code, _, stderr) = place.train(&[words, &["--steps", "1", "--out", "none"]].concat());

@@ -187,7 +187,7 @@ fn adamw() {
     let balance = Golden::open(name).model().moe.map_or(0.0, |moe| moe.bias_update_rate as f32);
     let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance };
     let schedule = Schedule { peak: 1e-3, warmup: 3, decay: Decay::Cosine, floor: 0.1 };
-    let mut case = Case::open(name, [EntryKind::Backward, EntryKind::Descend(descent)], 0.0, 0);
+    let mut case = Case::open(name, [EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent)], 0.0, 0);
     let [first, later] = ["losses_first_step", "losses_all_steps"].map(|t| case.golden.tolerance(t));
     let [losses, norms] = ["out.loss", "out.grad_norm"].map(|n| case.golden.tensor(n));
     for (step, (&loss, &norm)) in losses.as_f32().iter().zip(norms.as_f32()).enumerate() {

@@ -31,7 +31,7 @@ fn probing(scheme: Scheme) -> [EntryKind; 2] {
 
 fn descending(rule: DescentRule) -> [EntryKind; 2] {
     let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance: 0.0 };
-    [EntryKind::Backward, EntryKind::Descend(descent)]
+    [EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent)]
 }
 
 fn plan(kinds: [EntryKind; 2]) -> Plan {

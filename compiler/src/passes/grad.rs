@@ -101,11 +101,12 @@ fn iterations(g: &mut Graph, r: &Repeat, mut ins: Vec<Value>, half: bool) -> Res
     Ok(ins)
 }
 
-/// The unrolled graph of a loss with outputs `grad.NAME` for every weight among `trainable`, of the shape of the weight.
+/// The unrolled graph of a loss with outputs `grad.NAME` for every weight among `trainable`, of the shape of the weight. They are
+/// multiplied by an input `f32 [1]` of the name `factor` where one is given.
 ///
 /// # Errors
 /// When an operation between a weight and the loss has no gradient: its name, and the part of the model.
-pub fn grad(old: &Graph, trainable: &HashSet<String>) -> Result<Graph, InferError> {
+pub fn grad(old: &Graph, trainable: &HashSet<String>, factor: Option<&str>) -> Result<Graph, InferError> {
     let mut g = old.clone();
     let loss = g.outputs.iter().find(|(name, _)| name == "loss").map(|(_, v)| *v);
     let loss = loss.ok_or_else(|| InferError::new("grad", "the graph has no output loss"))?;
@@ -115,7 +116,10 @@ pub fn grad(old: &Graph, trainable: &HashSet<String>) -> Result<Graph, InferErro
     };
     let mut weights: Vec<(String, Value)> = g.nodes().iter().filter_map(weight).collect();
     weights.sort();
-    let seed = g.constant(Tensor::f32(&[1], vec![1.0]));
+    let seed = match factor {
+        Some(name) => g.input(name, Type::f32(&[1])),
+        None => g.constant(Tensor::f32(&[1], vec![1.0])),
+    };
     debug_assert_eq!(g.ty(loss), &Type::f32(&[1]), "a loss is one number");
     let wanted: Vec<Value> = weights.iter().map(|w| w.1).collect();
     let grads = g.grad(loss, seed, &wanted)?;

@@ -4,13 +4,15 @@
 //! therefore follows `backward` on the same batch, never a record alone.
 
 use super::TrainError;
-use super::step::{Probed, counted, weighted};
+use super::step::{DEPTH, Probed, counted, input_type, matrix, total_load, weighted};
 use crate::exec::{EntryId, Executable};
 use crate::text::Batch;
 use chimera_ir::plan::Plan;
 
 /// The entry point that computes gradients.
 pub(super) const BACKWARD: &str = "backward";
+/// Its input where gradients of parts of a batch add up: what part the rows are.
+const SHARE: &str = "share";
 /// Its output: the sum of the squares of the gradient.
 const SQUARES: &str = "squares";
 
@@ -19,22 +21,64 @@ pub(super) fn has_gradients(plan: &Plan) -> bool {
     plan.entry(BACKWARD).is_some()
 }
 
-/// What a run of `backward` on `batch` says: the loss, and as the only scalar of the update the norm of the gradient.
+/// The gradient of the loss on `batch`, whose rows go through `backward` in parts of its number of rows. Returned are the loss, and as
+/// the only scalar of the update the norm of the gradient. `depths` has a loop depth for every row where the plan takes one, `loads` the
+/// outputs with the loads of experts.
 ///
 /// # Errors
-/// When the loss or the norm is not finite.
+/// A batch that is no such parts, or a loss or norm that is not finite.
 pub(super) fn descent(
-    exec: &Executable,
+    exec: &mut Executable,
     backward: EntryId,
     batch: &Batch,
+    depths: Option<&[i32]>,
+    loads: &[String],
     step: u64,
-    loads: Vec<i32>,
 ) -> Result<Probed, TrainError> {
-    let losses: Vec<f64> = exec.output::<f32>(backward, "losses")?.iter().map(|&x| f64::from(x)).collect();
-    let loss = weighted(&losses, &counted(batch));
+    let [rows, _] = matrix(exec.plan(), BACKWARD, "tokens")?;
+    let accumulates = input_type(exec.plan(), BACKWARD, SHARE).is_ok();
+    let parts = batch.batch / rows;
+    if batch.batch % rows != 0 || parts == 0 || (parts > 1 && !accumulates) {
+        return Err(TrainError::Plan(format!(
+            "found a batch of {} rows, expected {rows}{}; compile it for another batch",
+            batch.batch,
+            if accumulates { " or a multiple" } else { "" }
+        )));
+    }
+    let counts = counted(batch);
+    let total: f64 = counts.iter().sum();
+    if accumulates {
+        exec.reset_states();
+    }
+    let (mut losses, mut all) = (Vec::with_capacity(batch.batch), vec![]);
+    for part in 0..parts {
+        let at = part * rows..(part + 1) * rows;
+        let cells = at.start * batch.seq..at.end * batch.seq;
+        for (name, values) in [("tokens", &batch.tokens), ("seg", &batch.seg), ("labels", &batch.labels)] {
+            exec.set_input(backward, name, values.get(cells.clone()).unwrap_or_default())?;
+        }
+        if let Some(depths) = depths {
+            exec.set_input(backward, DEPTH, depths.get(at.clone()).unwrap_or_default())?;
+        }
+        if accumulates {
+            let share = counts[at].iter().sum::<f64>() / total.max(1.0);
+            exec.set_input(backward, SHARE, &[share as f32])?;
+        }
+        exec.run_entry(backward)?;
+        losses.extend(exec.output::<f32>(backward, "losses")?.iter().map(|&x| f64::from(x)));
+        let mut found = vec![];
+        for name in loads {
+            found.extend(total_load(exec, backward, name)?);
+        }
+        match part {
+            0 => all = found,
+            _ => all.iter_mut().zip(found).for_each(|(sum, x)| *sum = sum.saturating_add(x)),
+        }
+    }
+    let loss = weighted(&losses, &counts);
     let norm = exec.output::<f64>(backward, SQUARES)?.iter().sum::<f64>().sqrt();
     match [loss, norm].into_iter().find(|x| !x.is_finite()) {
         Some(bad) => Err(TrainError::Diverged { step, loss: bad }),
-        None => Ok(Probed { plus: vec![], minus: vec![], c: vec![norm as f32], loads, loss }),
+        None => Ok(Probed { plus: vec![], minus: vec![], c: vec![norm as f32], loads: all, loss }),
     }
 }

@@ -17,7 +17,7 @@ const UPDATE: &str = "update";
 /// The entry point that measures.
 const LOSS: &str = "loss";
 /// The port that takes a loop depth for every sequence.
-const DEPTH: &str = "depth";
+pub(super) const DEPTH: &str = "depth";
 /// Ports with the load of the experts begin so.
 const LOAD: &str = "load.";
 
@@ -132,6 +132,8 @@ pub struct Trainer {
     /// Ports that carry the load of experts from the probes to the update.
     loads: Vec<String>,
     depths: Option<Depths>,
+    /// Parts in which a batch goes through the model.
+    parts: usize,
 }
 
 impl Trainer {
@@ -179,12 +181,18 @@ impl Trainer {
             measured_tokens,
             loads,
             depths: None,
+            parts: 1,
         })
     }
 
     /// As before, with loop depths drawn in this way where the plan takes a depth for every sequence.
     pub fn with_depths(self, depths: Option<Depths>) -> Trainer {
         Trainer { depths, ..self }
+    }
+
+    /// As before, with batches of so many times the rows of the plan, along a gradient.
+    pub fn in_parts(self, parts: usize) -> Trainer {
+        Trainer { parts: parts.max(1), ..self }
     }
 
     /// The executable, with the weights as the last step left them.
@@ -209,7 +217,7 @@ impl Trainer {
 
     /// Sequences and tokens of a batch.
     pub fn shape(&self) -> (usize, usize) {
-        (self.rows, self.tokens)
+        (self.rows * self.parts, self.tokens)
     }
 
     /// Tokens that go forward through the model in one step: each sign and direction is a pass.
@@ -217,7 +225,7 @@ impl Trainer {
         let passes = match self.estimator {
             Estimator::PerSequence => 2,
             Estimator::Mezo => 2 * self.members,
-            Estimator::Gradient => 1,
+            Estimator::Gradient => self.parts,
         };
         (passes * self.rows * self.tokens) as u64
     }
@@ -237,29 +245,30 @@ impl Trainer {
     /// # Errors
     /// As for [`Trainer::step`].
     pub fn probe(&mut self, batch: &Batch, step: u64) -> Result<Probed, TrainError> {
-        set_batch(&mut self.exec, self.dual, batch)?;
-        let (entry, gradient) = (self.estimator.entry(), self.estimator == Estimator::Gradient);
-        if input_type(self.exec.plan(), entry, DEPTH).is_ok() {
-            let depths = self.depths.ok_or_else(|| {
-                TrainError::Plan(format!(
+        let entry = self.estimator.entry();
+        let drawn = match (input_type(self.exec.plan(), entry, DEPTH), self.depths) {
+            (Err(_), _) => None,
+            (Ok(_), Some(depths)) => Some(depths.draw(batch.batch, step as u32, self.seed)),
+            (Ok(_), None) => {
+                return Err(TrainError::Plan(format!(
                     "`{entry}` takes a loop depth for every sequence, but its configuration does not say how to draw it; set looping.depth_selection"
-                ))
-            })?;
-            let drawn = depths.draw(self.rows, step as u32, self.seed);
+                )));
+            }
+        };
+        if self.estimator == Estimator::Gradient {
+            return backprop::descent(&mut self.exec, self.dual, batch, drawn.as_deref(), &self.loads, step);
+        }
+        set_batch(&mut self.exec, self.dual, batch)?;
+        if let Some(drawn) = drawn {
             self.exec.set_input(self.dual, DEPTH, &drawn)?;
         }
-        if !gradient {
-            let (seed, word) = self.stream(step);
-            self.exec.set_input(self.dual, "seed", &seed)?;
-            self.exec.set_input(self.dual, "step", &[word])?;
-        }
+        let (seed, word) = self.stream(step);
+        self.exec.set_input(self.dual, "seed", &seed)?;
+        self.exec.set_input(self.dual, "step", &[word])?;
         self.exec.run_entry(self.dual)?;
         let mut loads = vec![];
         for name in &self.loads {
             loads.extend(total_load(&self.exec, self.dual, name)?);
-        }
-        if gradient {
-            return backprop::descent(&self.exec, self.dual, batch, step, loads);
         }
         let losses: Vec<f64> = self.exec.output::<f32>(self.dual, "losses")?.iter().map(|&x| f64::from(x)).collect();
         if let Some(&bad) = losses.iter().find(|x| !x.is_finite()) {
@@ -363,7 +372,7 @@ fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(),
 }
 
 /// The load of one router summed over probes.
-fn total_load(exec: &Executable, dual: EntryId, name: &str) -> Result<Vec<i32>, TrainError> {
+pub(super) fn total_load(exec: &Executable, dual: EntryId, name: &str) -> Result<Vec<i32>, TrainError> {
     let experts = input_type(exec.plan(), UPDATE, name)?.numel();
     let mut total = vec![0i32; experts];
     for (i, &x) in exec.output::<i32>(dual, name)?.iter().enumerate() {
@@ -372,7 +381,7 @@ fn total_load(exec: &Executable, dual: EntryId, name: &str) -> Result<Vec<i32>, 
     Ok(total)
 }
 
-fn input_type<'a>(plan: &'a Plan, entry: &str, name: &str) -> Result<&'a Type, TrainError> {
+pub(super) fn input_type<'a>(plan: &'a Plan, entry: &str, name: &str) -> Result<&'a Type, TrainError> {
     let port = plan.entry(entry).and_then(|e| e.inputs.iter().find(|p| p.0 == name));
     let port = port.ok_or_else(|| {
         TrainError::Plan(format!("its entry point `{entry}` has no input `{name}`; compile it again"))
@@ -381,7 +390,7 @@ fn input_type<'a>(plan: &'a Plan, entry: &str, name: &str) -> Result<&'a Type, T
 }
 
 /// Rows and tokens of a matrix input.
-fn matrix(plan: &Plan, entry: &str, name: &str) -> Result<[usize; 2], TrainError> {
+pub(super) fn matrix(plan: &Plan, entry: &str, name: &str) -> Result<[usize; 2], TrainError> {
     let ty = input_type(plan, entry, name)?;
     match (&ty.dims[..], ty.dtype) {
         (&[rows, tokens], DType::I32) => Ok([rows, tokens]),

@@ -44,7 +44,7 @@ pub struct EstimatorRow {
 }
 
 /// Options that only some estimators have.
-pub const OF_SOME: [&str; 16] = [
+pub const OF_SOME: [&str; 17] = [
     "rank",
     "kappa",
     "sigma",
@@ -60,6 +60,7 @@ pub const OF_SOME: [&str; 16] = [
     "beta2",
     "adam_eps",
     "clip",
+    "accumulate",
     "zero_gradient",
 ];
 
@@ -93,7 +94,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
         warmup: 20,
         weight_decay: 0.1,
         beta2: 0.95,
-        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip"],
+        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "accumulate"],
     },
     EstimatorRow {
         name: EstimatorName::Sgd,
@@ -103,7 +104,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
         warmup: 20,
         weight_decay: 0.0,
         beta2: 0.0,
-        options: &["weight_decay", "momentum", "clip"],
+        options: &["weight_decay", "momentum", "clip", "accumulate"],
     },
     EstimatorRow {
         name: EstimatorName::Chimera21,
@@ -113,7 +114,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
         warmup: 20,
         weight_decay: 0.1,
         beta2: 0.999,
-        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "zero_gradient"],
+        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "accumulate", "zero_gradient"],
     },
 ];
 

@@ -102,6 +102,9 @@ pub struct HyperArgs {
     /// Most that the norm of the whole gradient may be; 0 leaves it as it is (adamw, sgd, chimera21) [default: 1]
     #[arg(long, env = "CHIMERA_CLIP", value_parser = not_negative)]
     pub clip: Option<f64>,
+    /// Parts in which a batch goes through the model, for less memory (adamw, sgd, chimera21) [default: 1]
+    #[arg(long, env = "CHIMERA_ACCUMULATE", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub accumulate: Option<u32>,
     /// What becomes of the agreement of a weight whose gradient is zero (chimera21) [default: standard]
     #[arg(long, env = "CHIMERA_ZERO_GRADIENT")]
     pub zero_gradient: Option<ZeroGradient>,
@@ -162,6 +165,7 @@ pub struct Hyper {
     pub beta2: f64,
     pub adam_eps: f64,
     pub clip: f64,
+    pub accumulate: u32,
     pub zero_gradient: ZeroGradient,
     /// Patterns of the names of weights that are trained; all when absent.
     pub only: Option<String>,
@@ -209,6 +213,7 @@ impl HyperArgs {
             beta2: self.beta2.unwrap_or(row.beta2),
             adam_eps: self.adam_eps.unwrap_or(1e-8),
             clip: self.clip.unwrap_or(1.0),
+            accumulate: self.accumulate.unwrap_or(1),
             zero_gradient: self.zero_gradient.unwrap_or(ZeroGradient::Standard),
             only: self.only.clone(),
             seed: self.seed.unwrap_or(0),
@@ -234,7 +239,7 @@ impl HyperArgs {
         }
         put!(seq_len, batch, lr, lr_floor, warmup, estimator, rank, kappa, sigma, momentum, vec_scale, mode);
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
-        put!(beta1, beta2, adam_eps, clip, zero_gradient);
+        put!(beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
     }
@@ -248,7 +253,13 @@ impl HyperArgs {
         let row = hyper.estimator.row();
         let foreign = |key: &&str| OF_SOME.contains(key) && !row.options.contains(key);
         let Some(key) = self.given().into_iter().map(|(key, _)| key).find(foreign) else {
-            return Ok(hyper);
+            let (batch, parts) = (hyper.batch, hyper.accumulate);
+            return match batch % parts {
+                0 => Ok(hyper),
+                _ => Err(Failure::usage(format!(
+                    "--accumulate is {parts}, which does not divide the batch of {batch} rows; choose another --batch"
+                ))),
+            };
         };
         let owners = ESTIMATORS.iter().filter(|r| r.options.contains(&key)).map(|r| r.name.text());
         Err(Failure::usage(format!(
@@ -341,7 +352,7 @@ impl Hyper {
             }
             Way::Descend(rule) => {
                 let descent = Descent { rule, weight_decay, clip: self.clip as f32, balance };
-                [EntryKind::Backward, EntryKind::Descend(descent)]
+                [EntryKind::Backward { accumulate: self.accumulate > 1 }, EntryKind::Descend(descent)]
             }
         }
     }

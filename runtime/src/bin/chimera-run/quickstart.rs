@@ -137,7 +137,7 @@ impl Start {
         let (batches, validation) = data(vocab, hyper)?;
         let mut exec = Executable::new(training_plan(&model, hyper, vec![], &args.exec)?, &args.exec.exec())?;
         init::initialise(&mut exec, hyper.seed)?;
-        let trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model));
+        let trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model)).in_parts(hyper.accumulate as usize);
         let rows = (VALIDATION_TOKENS / hyper.seq_len as usize).max(1);
         Ok(Start { model, batches, validation, trainer, rows })
     }

@@ -76,7 +76,7 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let balance = config.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate);
     let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth: None };
     let [first, update] = hyper.entries(balance);
-    vec![spec(first, rows), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)]
+    vec![spec(first, rows / hyper.accumulate as usize), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)]
 }
 
 /// How the loop depths of training are drawn, if the configuration asks for that.

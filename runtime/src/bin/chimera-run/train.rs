@@ -123,7 +123,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         progress: Progress::default(),
     };
     args.exec.trace.start(&mut exec);
-    let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
+    let mut trainer =
+        Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
     // The folder is taken before it is filled: a second process finds it locked.
     let journal = Some(match &saved {
         Some(standing) => standing.continue_in(&folder)?,
@@ -241,7 +242,8 @@ pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failu
     let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), vec![], args)?;
     same_run(standing, &plan, &standing.meta.data)?;
     let exec = Executable::new(plan, &args.exec())?;
-    let mut trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config));
+    let mut trainer =
+        Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
     let data = trainer.needs_data() && !standing.trail.steps.is_empty() && !hyper.data.is_empty();
     let batches = if data { Some(batches_of(standing, &hyper)?) } else { None };
     standing.restore(&mut trainer, batches.as_ref())?;
