@@ -38,7 +38,7 @@ pub(super) fn descent(
     let [rows, _] = matrix(exec.plan(), BACKWARD, "tokens")?;
     let accumulates = input_type(exec.plan(), BACKWARD, SHARE).is_ok();
     let parts = batch.batch / rows;
-    if batch.batch % rows != 0 || parts == 0 || (parts > 1 && !accumulates) {
+    if !batch.batch.is_multiple_of(rows) || parts == 0 || (parts > 1 && !accumulates) {
         return Err(TrainError::Plan(format!(
             "found a batch of {} rows, expected {rows}{}; compile it for another batch",
             batch.batch,
