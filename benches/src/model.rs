@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use chimera_codegen::Allowed;
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{Overrides, Scale, preset};
 use chimera_ir::DType;
+use chimera_ir::ops::DescentRule;
 use chimera_ir::plan::{Plan, Step, WeightKind};
 use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::text::Batch;
@@ -80,6 +81,8 @@ pub enum Single {
     Loss,
     /// Cross-entropy and its gradient with respect to every weight
     Grad,
+    /// The same in training, where the gradient stays for the update
+    Backward,
 }
 
 impl Single {
@@ -88,6 +91,7 @@ impl Single {
             Single::DualLoss => EntryKind::DualLoss(scheme()),
             Single::Loss => EntryKind::Loss,
             Single::Grad => EntryKind::Grad,
+            Single::Backward => EntryKind::Backward { accumulate: false },
         }
     }
 
@@ -163,12 +167,22 @@ fn executable(plan: &Plan, batch: &Batch, options: &ExecOptions) -> Result<Execu
 fn outputs(exe: &Executable, entry: &str, out: &mut Vec<u32>) -> Result<()> {
     let ports = exe.plan().entry(entry).map_or(&[][..], |e| &e.outputs);
     for (name, _) in ports {
-        if exe.output_type(entry, name)?.dtype == DType::F32 {
-            let values = exe.output::<f32>(entry, name)?;
-            ensure!(values.iter().all(|x| x.is_finite()), "output {name} of {entry} is not finite");
-            out.extend(values.iter().map(|x| x.to_bits()));
-        } else {
-            out.extend(exe.output::<i32>(entry, name)?.iter().map(|&x| x as u32));
+        let finite = |all: bool| {
+            ensure!(all, "output {name} of {entry} is not finite");
+            Ok(())
+        };
+        match exe.output_type(entry, name)?.dtype {
+            DType::F32 => {
+                let values = exe.output::<f32>(entry, name)?;
+                finite(values.iter().all(|x| x.is_finite()))?;
+                out.extend(values.iter().map(|x| x.to_bits()));
+            }
+            DType::F64 => {
+                let values = exe.output::<f64>(entry, name)?;
+                finite(values.iter().all(|x| x.is_finite()))?;
+                out.extend(values.iter().flat_map(|x| [x.to_bits() as u32, (x.to_bits() >> 32) as u32]));
+            }
+            _ => out.extend(exe.output::<i32>(entry, name)?.iter().map(|&x| x as u32)),
         }
     }
     Ok(())
@@ -178,7 +192,7 @@ fn outputs(exe: &Executable, entry: &str, out: &mut Vec<u32>) -> Result<()> {
 fn answers(exe: &mut Executable) -> Result<Vec<u32>> {
     let mut out = vec![];
     exe.reset_states();
-    for (entry, times) in [(DUAL, 1), ("loss", 1), ("grad", 1), ("prefill", 1), ("decode", DECODED)] {
+    for (entry, times) in [(DUAL, 1), ("loss", 1), ("grad", 1), ("backward", 1), ("prefill", 1), ("decode", DECODED)] {
         for _ in 0..if exe.plan().entry(entry).is_some() { times } else { 0 } {
             exe.run(entry)?;
             outputs(exe, entry, &mut out)?;
@@ -319,7 +333,24 @@ fn cases(
         case(&session, "prefill", format!("prefill.{name}"), "token/s", w.tokens as f64)?,
         case(&session, "decode", format!("decode.{name}"), "token/s", 1.0)?,
     ]);
-    let mut step = 0;
+    cases.push(whole_step(session, input.clone(), format!("step.{name}")));
+    progress(&format!("compile {name} for AdamW"));
+    let plan = descent_plan(w, setup)?;
+    let make = |threads| -> Result<Trainer> {
+        let trainer = Trainer::new(executable(&plan, &input, &setup.options(threads))?, SEED)?;
+        Ok(trainer)
+    };
+    let (mut trainer, mut again) = (make(threads)?, make(other)?);
+    ensure!(step_answers(&mut trainer, &input)? == step_answers(&mut again, &input)?, differ());
+    rows.push(Row::plain(format!("memory.adamw.{name}"), trainer.exec().bytes() as f64 / MIB, "MiB", threads));
+    let session: Shared = Rc::new(RefCell::new(Session::Training(trainer)));
+    cases.push(whole_step(session, input, format!("train.adamw.{name}")));
+    Ok(cases)
+}
+
+/// A case that takes whole steps.
+fn whole_step(session: Shared, input: Batch, id: String) -> Case {
+    let (mut step, work) = (0, (input.batch * input.seq) as f64);
     let run = move || {
         step += 1;
         match &mut *session.borrow_mut() {
@@ -327,16 +358,21 @@ fn cases(
             Session::Forward(_) => unreachable!("a whole workload trains"),
         }
     };
-    cases.push(Case {
-        id: format!("step.{name}"),
-        unit: "data token/s",
-        work: tokens,
-        floor: vec![],
-        peer: None,
-        start: Box::new(|| Ok(())),
-        run: Box::new(run),
-    });
-    Ok(cases)
+    let (start, run) = (Box::new(|| Ok(())), Box::new(run));
+    Case { id, unit: "data token/s", work, floor: vec![], peer: None, start, run }
+}
+
+/// A plan that trains along gradients, with float activations.
+fn descent_plan(w: &Workload, setup: &Setup) -> Result<Plan> {
+    let sets = vec![format!("quantization.activation_method={:?}", "none")];
+    let model = preset(w.scale, &Overrides { vocab_size: Some(VOCAB), sets, ..Overrides::default() })?.model;
+    let balance = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
+    let rule = DescentRule::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8 };
+    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance };
+    let kinds = [EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent), EntryKind::Loss];
+    let spec = |kind| EntrySpec { kind, rows: w.rows, tokens: w.tokens, depth: None };
+    let entries = kinds.map(spec).to_vec();
+    Ok(compile(&model, &Options { target: setup.target.to_string(), entries, ..Options::default() })?)
 }
 
 /// Rows that follow from the measured ones: tokens that pass through the model, and multiply-accumulates.

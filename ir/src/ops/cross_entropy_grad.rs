@@ -37,7 +37,7 @@ const ROWS: usize = 24;
 /// Logits of a token in scratch at once.
 const WIDTH: usize = 96;
 /// Rows of a register tile.
-const TILE: usize = 3;
+const TILE: usize = 6;
 
 const H: usize = 0;
 const PANELS: usize = 1;
