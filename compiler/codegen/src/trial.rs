@@ -233,8 +233,10 @@ mod tests {
         let mut t = trial(&[Data::I32(vec![5; 64])]).unwrap();
         t.time(0, 1, 3);
         t.time(0, 2, 2);
-        let numbers =
-            |set: &Bytes| set.0.iter().flatten().flat_map(|x| [*x as u32, (*x >> 32) as u32]).collect::<Vec<_>>();
+        let numbers = |set: &Option<Bytes>| -> Vec<i32> {
+            let bytes = &set.as_ref().expect("both sets have the argument").0[..64 * 4];
+            bytes.chunks_exact(4).map(|c| i32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect()
+        };
         assert_eq!(numbers(&t.sets[0][0]), vec![5 + 3; 64], "runs 0, 2 and 4");
         assert_eq!(numbers(&t.sets[1][0]), vec![5 + 2; 64], "runs 1 and 3");
     }

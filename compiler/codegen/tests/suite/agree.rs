@@ -267,6 +267,30 @@ fn byte_dot_products() {
 }
 
 #[test]
+fn several_byte_products_of_a_sum_in_one_step() {
+    // Few additions, a whole part of a long loop, and more than sums of 16 bits hold at once.
+    for (steps, each) in [(3, 2), (16, 2), (60, 3), (2, 33)] {
+        let mut b = Builder::new(format!("dots {steps} {each}"));
+        let codes = b.buf("codes", DType::U8, 4 * 16 * steps * each, Role::In);
+        let x = b.buf("x", DType::I8, 4 * steps * each, Role::In);
+        let z = b.buf("z", DType::I32, 16, Role::Out);
+        b.lanes(0, 16, 2, |b, j| {
+            let acc = b.local(i32c(7));
+            b.each(0, steps, |b, k| {
+                b.prefetch(codes, &k * (64 * each) + 256);
+                for i in 0..each {
+                    let at = b.bind(&k * each + i);
+                    let q = Expr::word(codes, &at * 16 + &j);
+                    b.set(acc, Expr::from(acc).dot4(q, Expr::word(x, at)));
+                }
+            });
+            b.store(z, j, acc);
+        });
+        check(&b.finish());
+    }
+}
+
+#[test]
 fn tiled_products() {
     for (m, k, n) in [(1, 1, 1), (4, 8, 8), (7, 9, 21), (6, 5, 12), (9, 0, 16)] {
         let mut b = Builder::new(format!("product {m} {k} {n}"));
