@@ -180,6 +180,6 @@ pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result
         progress(&peers::id(shape));
         cases.push(peers::case(shape, setup)?);
     }
-    let effort = Effort { rounds: if quick { 5 } else { 15 }, burst: peaks::BURST };
+    let effort = Effort { rounds: if quick { 9 } else { 21 }, burst: peaks::BURST };
     measure(&mut cases, effort, setup, progress)
 }

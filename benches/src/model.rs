@@ -419,7 +419,7 @@ pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result
     }
     all.extend(stack::cases(setup, quick, progress).context("3b")?);
     let effort = match quick {
-        true => Effort { rounds: 3, burst: Duration::from_millis(100) },
+        true => Effort { rounds: 4, burst: Duration::from_millis(50) },
         false => Effort { rounds: 9, burst: Duration::from_millis(500) },
     };
     let rows = measure(&mut all, effort, setup, progress)?;

@@ -139,8 +139,9 @@ impl Drop for Inside {
 }
 
 /// Keeps a value on cache lines of its own.
+#[derive(Debug)]
 #[repr(align(128))]
-struct Padded<T>(T);
+pub(crate) struct Padded<T>(pub(crate) T);
 
 impl<T> std::ops::Deref for Padded<T> {
     type Target = T;

@@ -9,6 +9,7 @@ mod error;
 mod memory;
 mod program;
 mod region;
+mod shares;
 #[cfg(test)]
 mod tests;
 mod trace;
@@ -28,6 +29,7 @@ use chimera_ir::plan::{self, Place, Plan, Step, WeightKind};
 use memory::{ALIGN, Block, WeightMemory, bytes_of};
 use program::{Flat, Memory, Table};
 use region::Regions;
+use shares::Shares;
 use std::path::PathBuf;
 
 /// The entry point that derives persistent memory from the weights.
@@ -127,6 +129,7 @@ pub struct Executable {
     /// One region of `scratch_stride` bytes for each worker.
     scratch: Block,
     scratch_stride: usize,
+    shares: Shares,
     /// Where weights that are given values later find memory.
     regions: Regions,
     bytes: u64,
@@ -230,6 +233,7 @@ impl Executable {
             weight_set,
             scratch,
             scratch_stride,
+            shares: Shares::new(threads),
             regions,
             bytes,
             max_bytes: options.max_bytes,

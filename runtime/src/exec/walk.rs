@@ -1,6 +1,6 @@
 //! The walk over the steps of an entry point.
 //!
-//! A split grid is cut into contiguous ranges, one for each worker, the same ones every time.
+//! A split grid is cut into contiguous ranges, one for each worker, the same ones every time; who is done helps others, see [`Shares`].
 
 use super::program::Action;
 use super::trace::Trace;
@@ -16,12 +16,6 @@ pub struct StepTime {
     pub iteration: usize,
     /// Wall time.
     pub time: Duration,
-}
-
-/// The instances of worker `worker` among `workers`.
-fn range(grid: i64, worker: usize, workers: usize) -> (i64, i64) {
-    let cut = |w: usize| (i128::from(grid) * w as i128 / workers as i128) as i64;
-    (cut(worker), cut(worker + 1))
 }
 
 impl Executable {
@@ -140,11 +134,15 @@ impl Executable {
                 Action::Run { kernel, args, grid, split } => {
                     let args = Args(self.table.at(args, iteration).as_ptr());
                     match trace.as_deref() {
-                        None => self.run_kernel(kernel, args, grid, split, |_, _, call| call()),
-                        Some(t) => self.run_kernel(kernel, args, grid, split, |worker, part, call| {
-                            let begin = t.now();
+                        None => self.run_kernel(kernel, args, grid, split, |_, call| {
                             call();
-                            t.span(worker, at, ended, part, begin);
+                        }),
+                        Some(t) => self.run_kernel(kernel, args, grid, split, |worker, call| {
+                            let begin = t.now();
+                            let part = call();
+                            if part > 0.0 {
+                                t.span(worker, at, ended, part, begin);
+                            }
                         }),
                     }
                 }
@@ -190,14 +188,14 @@ impl Executable {
         unsafe { counter.cast::<i32>().write(iteration) };
     }
 
-    /// Run a kernel; `around(worker, share of the grid, call)` makes each worker's call.
+    /// Run a kernel; `around(worker, work)` makes each worker work, which tells the share of the grid that it did.
     fn run_kernel(
         &self,
         kernel: usize,
         args: Args,
         grid: i64,
         split: bool,
-        around: impl Fn(usize, f32, &dyn Fn()) + Sync,
+        around: impl Fn(usize, &dyn Fn() -> f32) + Sync,
     ) {
         let code = self.module.entry(kernel);
         let call = |lo: i64, hi: i64, worker: usize| {
@@ -209,14 +207,22 @@ impl Executable {
             unsafe { code.call(args.get(), scratch, lo, hi) }
         };
         if split && self.pool.threads() > 1 {
-            self.pool.run(&|worker, workers| {
-                let (lo, hi) = range(grid, worker, workers);
-                if lo < hi {
-                    around(worker, (hi - lo) as f32 / grid as f32, &|| call(lo, hi, worker));
-                }
+            self.shares.deal(grid);
+            self.pool.run(&|worker, _| {
+                around(worker, &|| {
+                    let mut done = 0;
+                    while let Some((lo, hi)) = self.shares.take(worker) {
+                        call(lo, hi, worker);
+                        done += hi - lo;
+                    }
+                    done as f32 / grid as f32
+                });
             });
         } else {
-            around(0, 1.0, &|| call(0, grid, 0));
+            around(0, &|| {
+                call(0, grid, 0);
+                1.0
+            });
         }
     }
 }
@@ -232,23 +238,5 @@ unsafe impl Sync for Args {}
 impl Args {
     fn get(&self) -> *const *mut u8 {
         self.0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::range;
-
-    #[test]
-    fn ranges_cover_the_grid_once() {
-        for grid in [0, 1, 2, 3, 7, 64, 1 << 40] {
-            for workers in 1..6 {
-                let ranges: Vec<_> = (0..workers).map(|w| range(grid, w, workers)).collect();
-                assert_eq!((ranges[0].0, ranges[workers - 1].1), (0, grid));
-                assert!(ranges.windows(2).all(|w| w[0].1 == w[1].0));
-                let sizes = || ranges.iter().map(|r| r.1 - r.0);
-                assert!(sizes().max().unwrap() - sizes().min().unwrap() <= 1);
-            }
-        }
     }
 }
