@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use chimera_codegen::Allowed;
-use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, PerSequence, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{Overrides, Scale, preset};
 use chimera_ir::DType;
 use chimera_ir::ops::DescentRule;
@@ -55,7 +55,7 @@ const DECODED: usize = 3;
 const MIB: f64 = (1u64 << 20) as f64;
 
 fn scheme() -> Scheme {
-    Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 }
+    Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 })
 }
 
 /// Milliseconds of each of some runs.

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use chimera_codegen::{Allowed, Module, compile_with};
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Options, PerSequence, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{
     BYTE_VOCABULARY, ModelConfig, Overrides, ParamKind, Scale, WeightScale, expert_stack, from_text, parameters, preset,
 };
@@ -39,7 +39,7 @@ fn spec(kind: EntryKind, tokens: usize) -> EntrySpec {
 
 /// The plan of everything that the compiler makes by default.
 fn whole_plan(model: &ModelConfig, target: &str) -> Result<Plan> {
-    let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 };
+    let scheme = Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 });
     let entries = vec![
         spec(EntryKind::Loss, TOKENS),
         spec(EntryKind::Logits, TOKENS),

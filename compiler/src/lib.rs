@@ -4,9 +4,11 @@
 
 mod assemble;
 pub mod descend;
+pub mod estimators;
 mod fuse;
 pub mod inspect;
 pub mod memory;
+pub mod optimisers;
 pub mod passes;
 pub mod pipeline;
 mod rebuild;
@@ -14,7 +16,8 @@ pub mod tuning;
 pub mod update;
 
 pub use descend::Descent;
+pub use estimators::{FISHER, Family, Mask, Mode, PerSequence, Scheme, Score, Shared};
 pub use fuse::Decisions;
-pub use passes::dual::Scheme;
+pub use optimisers::Optimiser;
 pub use pipeline::{CompileError, EntryKind, EntrySpec, Options, compile, compile_graphs, compile_observed};
 pub use update::UpdateRule;

@@ -7,29 +7,28 @@ use std::{
 };
 
 use chimera_frontends::{
-    config::{ModelConfig, ParamKind, parameters},
+    config::{ModelConfig, ParamKind, WeightScale, parameters},
     layers::{Depth, Form, Shape},
     models::chimera::{self, Head},
 };
 use chimera_ir::{
     Graph,
-    ops::InferError,
-    plan::{CODES, Plan, SCALES, WeightKind},
+    ops::{InferError, ScaleMode},
+    plan::{CODES, ESTIMATOR, MASK_REFRESH, Plan, SCALES, WeightKind},
 };
 
 use crate::{
     assemble::Assembler,
     descend::{self, Descent},
-    fuse::{Decisions, fuse},
-    passes::{
-        Budget, COMBINE, Pass, SIMPLIFY, STAGES,
-        dual::{self, Scheme},
-        grad,
-        hoist::Prepare,
+    estimators::{
+        Mask, Scheme,
+        mask::{self, masked},
     },
+    fuse::{Decisions, fuse},
+    passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
     rebuild::sweep,
     tuning::{self, Table, Tuning},
-    update::{self, Target, UpdateRule},
+    update::{self, Quantised, Target, UpdateRule},
 };
 
 /// A way into the plan.
@@ -56,6 +55,8 @@ pub enum EntryKind {
     Update(Scheme, UpdateRule),
     /// `update`: the step of a descent along the gradient that `backward` has left.
     Descend(Descent),
+    /// `mask`: the choice of what a scheme probes, where it keeps one.
+    Mask(Scheme),
 }
 
 impl EntryKind {
@@ -70,6 +71,7 @@ impl EntryKind {
             EntryKind::Decode => "decode",
             EntryKind::DualLoss(_) => "dual_loss",
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
+            EntryKind::Mask(_) => "mask",
         }
     }
 }
@@ -102,7 +104,7 @@ impl fmt::Display for EntrySpec {
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
             EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
-            EntryKind::DualLoss(scheme) => write!(f, " {scheme:?}"),
+            EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) => write!(f, " {scheme:?}"),
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
         }
     }
@@ -229,12 +231,22 @@ pub fn compile_observed(
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
             EntryKind::Grad | EntryKind::Backward { .. } => Some("needs"),
-            EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) => Some("changes"),
+            EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
+                Some("changes")
+            }
             EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => None,
         };
         if let Some(verb) = verb.filter(|_| !options.packed.is_empty()) {
             return Err(CompileError::Option(format!(
                 "entry point {name} {verb} latents, which packed ternary weights have lost; leave it out or give float weights"
+            )));
+        }
+        if let EntryKind::DualLoss(Scheme::PerSequence(s)) | EntryKind::Update(Scheme::PerSequence(s), _) = &spec.kind
+            && (s.group == 0 || !spec.rows.is_multiple_of(s.group))
+        {
+            return Err(CompileError::Option(format!(
+                "{} sequences of a batch cannot be divided into groups of {}; choose a multiple of it",
+                spec.rows, s.group
             )));
         }
         let build = |head, form, carry| {
@@ -252,7 +264,15 @@ pub fn compile_observed(
             EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
             EntryKind::Update(scheme, rule) => {
                 let targets = targets(cfg, options);
-                update::graph(scheme, rule, scheme.members(spec.rows), &targets).map_err(fail("build"))?
+                let members = scheme.members(spec.rows);
+                update::graph(scheme, rule, members, &targets, &quantised(cfg)).map_err(fail("build"))?
+            }
+            EntryKind::Mask(scheme) => {
+                let masked = masked(scheme, &targets(cfg, options));
+                let Mask::Kept { by, share, .. } = scheme.mask() else {
+                    return Err(CompileError::Option(format!("entry point {name} has nothing to choose")));
+                };
+                mask::graph(by, share, &masked).map_err(fail("build"))?
             }
             EntryKind::Descend(descent) => descend::graph(descent, &targets(cfg, options)).map_err(fail("build"))?,
         };
@@ -261,6 +281,12 @@ pub fn compile_observed(
     let mut plan = Plan { config: cfg.to_json().to_string(), target: options.target.clone(), ..Plan::default() };
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
+        if let EntryKind::DualLoss(scheme) = &spec.kind {
+            plan.options.push((ESTIMATOR.to_owned(), scheme.comparison().name().to_owned()));
+            if let Some(steps) = scheme.mask().refresh() {
+                plan.options.push((MASK_REFRESH.to_owned(), steps.to_string()));
+            }
+        }
     }
     stages(plan, graphs, &kinds, options, observer)
 }
@@ -274,6 +300,16 @@ fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape 
         (None, _) => Depth::Fixed(1),
     });
     Shape { rows: spec.rows, tokens: spec.tokens, form, carry, depth }
+}
+
+fn quantised(cfg: &ModelConfig) -> Quantised {
+    let q = &cfg.quantization;
+    let mode = match q.weight_scale {
+        WeightScale::Group => ScaleMode::PerGroup(q.group_size),
+        WeightScale::Row => ScaleMode::PerRow,
+        WeightScale::Tensor => ScaleMode::PerTensor,
+    };
+    Quantised { mode, ratio: q.threshold_ratio as f32 }
 }
 
 /// The kind of every weight of a model.
@@ -364,7 +400,7 @@ fn stages(
         for pass in &SIMPLIFY[2..] {
             g = stages.run(pass, name, g)?;
         }
-        if !matches!(kind, EntryKind::Update(..) | EntryKind::Descend(_)) {
+        if !matches!(kind, EntryKind::Update(..) | EntryKind::Mask(_) | EntryKind::Descend(_)) {
             g = sweep(&prepare.hoist(&g).map_err(Stages::error("hoist", name))?);
         }
         stages.show("hoist", name, &g)?;

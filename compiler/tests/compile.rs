@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Mode, Options, PerSequence, Scheme, Shared, UpdateRule, compile};
 use chimera_frontends::config::{Activation, Overrides, ParamKind, Parameter, Scale, expert_stack, parameters, preset};
+use chimera_ir::loops;
 use chimera_ir::plan::{CODES, Plan, SCALES, WeightKind, from_bytes, to_bytes};
-use chimera_ir::{loops, ops::Distribution};
 
 fn all_entries(rows: usize, tokens: usize, scheme: &Scheme) -> Options {
     let spec = |kind, rows, tokens| EntrySpec { kind, rows, tokens, depth: None };
@@ -23,14 +23,12 @@ fn all_entries(rows: usize, tokens: usize, scheme: &Scheme) -> Options {
 }
 
 fn schemes() -> Vec<Scheme> {
-    let mezo = |requantise, directions| Scheme::Mezo {
-        requantise,
-        directions,
-        dist: Distribution::Rademacher,
-        eps: 1e-3,
-        eps_rel: Some(0.1),
-    };
-    vec![Scheme::PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01 }, mezo(true, 1), mezo(false, 2)]
+    let mezo = |mode, directions| Scheme::Shared(Shared { mode, directions, eps_rel: Some(0.1), ..Shared::default() });
+    vec![
+        Scheme::PerSequence(PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01, group: 1 }),
+        mezo(Mode::Requantise, 1),
+        mezo(Mode::Additive, 2),
+    ]
 }
 
 fn plan(scale: Scale, scheme: &Scheme) -> Plan {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Options, PerSequence, Scheme, UpdateRule, compile};
 use chimera_frontends::config::{self, Overrides};
 use chimera_ir::plan;
 use chimera_runtime::files::b158::B158;
@@ -121,7 +121,7 @@ fn a_plan_trains_to_the_bits_of_its_configuration() {
     let place = Place::new();
     fs::write(place.path("looped.json"), LOOPED).expect("written");
     let loaded = config::load(place.path("looped.json"), &Overrides::default()).expect("a configuration").model;
-    let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 };
+    let scheme = Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 });
     let balance = loaded.moe.as_ref().expect("experts").bias_update_rate as f32;
     assert!(balance > 0.0);
     let rule = UpdateRule { balance, ..UpdateRule::default() };

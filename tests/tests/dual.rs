@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Family, Mode, Options, PerSequence, Scheme, Shared, compile};
 use chimera_frontends::config::{ModelConfig, Overrides, ParamKind, Scale, parameters, preset};
 use chimera_ir::ops::Distribution;
 use chimera_runtime::{
@@ -118,8 +118,7 @@ fn shared_directions_equal_separate_forward_passes() {
         // All float weights, and those of the last layer alone, where the rest of the model is computed once.
         let sets = [names(&cfg, |_, k| float(k)), names(&cfg, |n, k| float(k) && n.starts_with(&last))];
         for (i, trainable) in sets.iter().enumerate() {
-            let dist = Distribution::Rademacher;
-            let scheme = Scheme::Mezo { requantise: true, directions: 2, dist, eps, eps_rel: None };
+            let scheme = Scheme::Shared(Shared { directions: 2, eps, ..Shared::default() });
             let mut dual = executable(&cfg, EntryKind::DualLoss(scheme), ROWS, trainable, 1);
             let shared = dual.plan().entry("dual_loss").expect("the entry").shared;
             assert!(i == 0 || shared.0 * 3 > shared.1, "the work below the last layer is shared: {shared:?}");
@@ -144,7 +143,7 @@ fn directions_of_single_sequences_equal_separate_forward_passes() {
     let cfg = model(Scale::Pico, &[]);
     let trainable = names(&cfg, |_, kind| kind == ParamKind::Vector);
     let sigma_vec = 0.01;
-    let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec };
+    let scheme = Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec, group: 1 });
     let mut dual = executable(&cfg, EntryKind::DualLoss(scheme), ROWS, &trainable, 1);
     let data = batch(&cfg);
     let got = dual_losses(&mut dual, &data);
@@ -163,14 +162,13 @@ fn directions_of_single_sequences_equal_separate_forward_passes() {
 
 #[test]
 fn one_thread_and_two_give_the_same_bits_for_every_scheme() {
-    let mezo = |requantise| Scheme::Mezo {
-        requantise,
-        directions: 1,
-        dist: Distribution::Gaussian,
-        eps: 1e-3,
-        eps_rel: Some(0.1),
-    };
-    for scheme in [Scheme::PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01 }, mezo(true), mezo(false)] {
+    let family = Family::Dense(Distribution::Gaussian);
+    let mezo = |mode| Scheme::Shared(Shared { mode, family, eps_rel: Some(0.1), ..Shared::default() });
+    for scheme in [
+        Scheme::PerSequence(PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01, group: 1 }),
+        mezo(Mode::Requantise),
+        mezo(Mode::Additive),
+    ] {
         let cfg = model(Scale::Test, &[]);
         let all = names(&cfg, |_, kind| kind != ParamKind::Buffer);
         let losses = |threads| {

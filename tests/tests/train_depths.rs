@@ -1,10 +1,9 @@
 //! Training with a loop depth drawn for every sequence: each sequence is probed as in a batch that runs at its depth throughout.
 
 use chimera_codegen::host;
-use chimera_compiler::{EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Mode, Options, PerSequence, Scheme, Shared, UpdateRule, compile};
 use chimera_frontends::config::ModelConfig;
 use chimera_frontends::layers::Depth;
-use chimera_ir::ops::Distribution;
 use chimera_runtime::call::{self, Tensors};
 use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::files::HostTensor;
@@ -61,7 +60,7 @@ fn mixed_step(rows: usize) -> (u64, Vec<u32>) {
 fn every_sequence_is_probed_at_the_depth_drawn_for_it() {
     let batch = batch();
     let (step, drawn) = mixed_step(batch.batch);
-    let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 };
+    let scheme = Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 });
     let mut mixed = trainer(&model(true), &scheme, &batch, None).with_depths(Some(DEPTHS));
     let probed = mixed.step(&batch, step, 0.01).expect("a step");
     for n in 1..=3u32 {
@@ -96,9 +95,8 @@ fn losses(trainer: &mut Trainer, batch: &Batch, step: u64, depths: Option<&[u32]
 fn shared_directions_see_the_same_depths() {
     let batch = batch();
     let (step, drawn) = mixed_step(batch.batch);
-    for requantise in [true, false] {
-        let dist = Distribution::Rademacher;
-        let scheme = Scheme::Mezo { requantise, directions: 2, dist, eps: 1e-3, eps_rel: None };
+    for mode in [Mode::Requantise, Mode::Additive] {
+        let scheme = Scheme::Shared(Shared { mode, directions: 2, ..Shared::default() });
         let found = losses(&mut trainer(&model(true), &scheme, &batch, None), &batch, step, Some(&drawn));
         assert_eq!(found.len(), 4 * batch.batch);
         for n in 1..=3u32 {
@@ -114,7 +112,7 @@ fn shared_directions_see_the_same_depths() {
 #[test]
 fn measuring_runs_at_the_default_depth_and_drawing_needs_a_rule() {
     let batch = batch();
-    let scheme = Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 };
+    let scheme = Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 });
     let mut mixed = trainer(&model(true), &scheme, &batch, None);
     let takes_depth = |entry: &str| {
         let ports = &mixed.exec().plan().entry(entry).expect("it was compiled").inputs;

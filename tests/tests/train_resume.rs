@@ -5,7 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use chimera_codegen::host;
-use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, Scheme, UpdateRule, compile};
+use chimera_compiler::{
+    Descent, EntryKind, EntrySpec, Family, Mask, Mode, Optimiser, Options, PerSequence, Scheme, Score, Shared,
+    UpdateRule, compile,
+};
 use chimera_frontends::config::{self, Overrides, Scale};
 use chimera_ir::ops::{DescentRule, Distribution, Idle};
 use chimera_ir::plan::Plan;
@@ -25,16 +28,24 @@ const STEPS: u64 = 5;
 const SEED: u64 = 11;
 
 /// What a run estimates by, and how it steps.
-fn probing(scheme: Scheme) -> [EntryKind; 2] {
-    [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme, UpdateRule::default())]
+fn probing(scheme: &Scheme, rule: UpdateRule) -> Vec<EntryKind> {
+    let mut kinds = vec![EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme.clone(), rule)];
+    kinds.extend(scheme.mask().refresh().map(|_| EntryKind::Mask(scheme.clone())));
+    kinds
 }
 
-fn descending(rule: DescentRule) -> [EntryKind; 2] {
+/// The same of probes of each sequence.
+fn per_sequence() -> Vec<EntryKind> {
+    let scheme = PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 };
+    probing(&Scheme::PerSequence(scheme), UpdateRule::default())
+}
+
+fn descending(rule: DescentRule) -> Vec<EntryKind> {
     let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance: 0.0 };
-    [EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent)]
+    vec![EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent)]
 }
 
-fn plan(kinds: [EntryKind; 2]) -> Plan {
+fn plan(kinds: Vec<EntryKind>) -> Plan {
     let sets = [
         "hidden_size=32",
         "intermediate_size=32",
@@ -130,9 +141,29 @@ fn losses(folder: &Path) -> Vec<(u64, u64, Option<u64>, u64)> {
 
 #[test]
 fn interruptions_and_threads_change_nothing() {
-    let per_sequence = Scheme::PerSequence { rank: 2, kappa: 0.1, sigma_vec: 0.01 };
-    let mezo =
-        Scheme::Mezo { requantise: false, directions: 2, dist: Distribution::Gaussian, eps: 1e-2, eps_rel: Some(0.1) };
+    let kept = |by| Mask::Kept { by, share: 0.3, refresh: 2 };
+    let (integer, gaussian) = (Mode::Integer { unit: 1.0 / 1024.0 }, Family::Dense(Distribution::Gaussian));
+    let lozo = Family::Lozo { rank: 2, period: 2 };
+    let subzero = Family::SubZero { rank: 2, period: 2 };
+    let tezo = Family::TeZo { rank: 3 };
+    let base = || Shared { eps: 1e-2, ..Shared::default() };
+    let shared = [
+        Shared { mode: Mode::Additive, directions: 2, family: gaussian, eps_rel: Some(0.1), ..base() },
+        Shared { mask: Mask::Boundary, eps_rel: Some(0.2), family: gaussian, ..base() },
+        Shared { mode: Mode::Scales, directions: 2, ..base() },
+        Shared { mode: integer, directions: 2, ..base() },
+        Shared { mode: Mode::Additive, mask: kept(Score::Small), ..base() },
+        Shared { mask: kept(Score::Large), ..base() },
+        Shared { mask: kept(Score::Random), ..base() },
+        Shared { mode: Mode::Additive, one_sided: true, scaled: true, directions: 3, ..base() },
+        Shared { mode: Mode::Additive, scaled: true, directions: 2, family: lozo, eps_rel: Some(0.1), ..base() },
+        Shared { family: subzero, ..base() },
+        Shared { mode: Mode::Additive, family: subzero, ..base() },
+        Shared { mode: Mode::Additive, family: tezo, mask: kept(Score::Small), ..base() },
+    ];
+    let per_sequence = Scheme::PerSequence(PerSequence { rank: 2, ..PerSequence::default() });
+    let optimisers = [None, Some(Optimiser::Momentum), Some(Optimiser::Adam), Some(Optimiser::Normalised)];
+    let schemes = shared.map(Scheme::Shared).into_iter().chain([per_sequence]);
     let (beta1, beta2, eps) = (0.9, 0.95, 1e-8);
     let agreement = DescentRule::Agreement {
         beta1,
@@ -146,8 +177,11 @@ fn interruptions_and_threads_change_nothing() {
         gate: Some([2.0, 4.0]),
     };
     let gradients = [DescentRule::AdamW { beta1, beta2, eps }, DescentRule::Momentum { mu: 0.9 }, agreement];
-    let all = [per_sequence, mezo].map(probing).into_iter().chain(gradients.map(descending));
-    for kinds in all {
+    let probed = schemes.zip(optimisers.into_iter().cycle()).map(|(scheme, optimiser)| {
+        probing(&scheme, UpdateRule { optimiser, weight_decay: 0.1, ..UpdateRule::default() })
+    });
+    for kinds in probed.chain(gradients.map(descending)) {
+        let what = format!("{kinds:?}");
         let plan = plan(kinds);
         let folder = tempfile::tempdir().expect("a folder");
         let [whole, parted] = ["whole", "parted"].map(|n| folder.path().join(n));
@@ -158,7 +192,7 @@ fn interruptions_and_threads_change_nothing() {
             (outcome, progress.step, progress.position),
             (Outcome::Finished, STEPS, STEPS * (ROWS * TOKENS) as u64)
         );
-        assert_ne!(bits(&first), start, "training moves weights");
+        assert_ne!(bits(&first), start, "{what} moves weights");
 
         let mut second = trainer(&plan, 2);
         let (outcome, progress) = train(&mut second, &parted, None, 3);
@@ -191,7 +225,10 @@ fn interruptions_and_threads_change_nothing() {
         assert!(bits(&restored) == bits(&third), "a checkpoint has the bits of the journal");
         let (outcome, _) = train(&mut third, &parted, Some(&standing), u64::MAX);
         assert_eq!(outcome, Outcome::Finished);
-        assert!(bits(&third) == bits(&first), "a resumed run on two threads has the bits of a whole run on one");
+        assert!(
+            bits(&third) == bits(&first),
+            "{what}: a resumed run on two threads has the bits of a whole run on one"
+        );
         assert_eq!(losses(&parted), losses(&whole));
         assert_eq!(losses(&whole).iter().map(|l| l.2.is_some()).collect::<Vec<_>>(), [false, true, false, true, true]);
         assert_eq!(checkpoint::steps(&whole).expect("listed"), [0, STEPS], "checkpoints between are removed");
@@ -200,7 +237,7 @@ fn interruptions_and_threads_change_nothing() {
 
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights() {
-    let plan = plan(probing(Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 }));
+    let plan = plan(per_sequence());
     let mut trainer = trainer(&plan, 1);
     let name = "norm.weight";
     let mut values = trainer.exec().weight::<f32>(name).expect("a weight").to_vec();
@@ -232,7 +269,7 @@ fn other_data_do_not_continue_a_run_along_gradients() {
 
 #[test]
 fn plans_without_training_are_refused() {
-    let mut plan = plan(probing(Scheme::PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01 }));
+    let mut plan = plan(per_sequence());
     let update = plan.entries.iter_mut().find(|e| e.name == "update").expect("an update");
     "other".clone_into(&mut update.name);
     let exec = Executable::new(plan, &ExecOptions { threads: 1, ..ExecOptions::default() }).expect("executable");

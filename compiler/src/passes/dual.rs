@@ -7,59 +7,16 @@
 use std::collections::{HashMap, HashSet};
 
 use chimera_ir::{
-    DType, Graph, Op, Tensor, Type, Value,
+    Graph, Op, Tensor, Type, Value,
     graph::{Kind, Node, Repeat},
     ops::{
-        self, Axis, Binary, BinaryFn, CrossEntropy, Dispatch, Distribution, EmbedRank, InferError, Linear, MeanAbs,
-        MemberDot, PackPanels, Probe, Random, RankUpdate, Reshape, Stack, TernaryProduct, TileRows, Unary, UnaryFn,
+        Axis, Binary, BinaryFn, CrossEntropy, Dispatch, InferError, Linear, PackTernary, Reshape, ScaleGroups, Stack,
+        TernaryDense, TernaryProduct, TileRows,
     },
-    plan::WeightKind,
+    plan::{Comparison, WeightKind},
 };
 
-/// How weights are probed (semantics 13).
-#[derive(Clone, Debug, PartialEq)]
-pub enum Scheme {
-    /// Every sequence has a direction of its own: low-rank on matrices, dense on vectors (13.4).
-    PerSequence {
-        /// Rank of the probes on matrices.
-        rank: usize,
-        /// Probe size on matrices relative to the mean magnitude of the weight.
-        kappa: f32,
-        /// Probe size on vectors.
-        sigma_vec: f32,
-    },
-    /// All sequences share each direction (13.1, 13.3).
-    Mezo {
-        /// Whether ternary latents are perturbed and quantised again (mode A), or noise is added to the product (mode C).
-        requantise: bool,
-        /// Number of directions.
-        directions: usize,
-        /// Distribution of the entries.
-        dist: Distribution,
-        /// Probe size.
-        eps: f32,
-        /// Probe size on ternary matrices relative to their mean magnitude, instead of `eps`.
-        eps_rel: Option<f32>,
-    },
-}
-
-impl Scheme {
-    /// The number of directions for a batch of `rows` sequences.
-    pub fn members(&self, rows: usize) -> usize {
-        match self {
-            Scheme::PerSequence { .. } => rows,
-            Scheme::Mezo { directions, .. } => *directions,
-        }
-    }
-
-    /// Rows of the stacked batch.
-    pub fn stacked_rows(&self, rows: usize) -> usize {
-        match self {
-            Scheme::PerSequence { .. } => 2 * rows,
-            Scheme::Mezo { directions, .. } => 2 * directions * rows,
-        }
-    }
-}
+use crate::estimators::{Cx, Estimator, Reach, Scales, Scheme, Site, SiteKind, Weight};
 
 /// The transformed graph and how much of the work it shares.
 #[derive(Debug)]
@@ -78,9 +35,8 @@ pub fn probe(
     kinds: &HashMap<String, WeightKind>,
     probed: &HashSet<String>,
 ) -> Result<Probed, InferError> {
-    let members = scheme.members(rows);
-    // Per-sequence probes differ from row to row; otherwise each probe owns a block of rows.
-    let mut t = Transform { scheme, rows, members, kinds, probed, once: 0, all: 0, random: None };
+    let estimator = scheme.estimator();
+    let mut t = Transform { estimator, rows, kinds, probed, once: 0, all: 0, random: None };
     let mut graph = Graph::default();
     graph.at("probe");
     let seed = graph.input("seed", Type::i32(&[2]));
@@ -97,7 +53,7 @@ pub fn probe(
         graph.outputs.push((name.clone(), map[v].v));
     }
     graph.verify()?;
-    let copies = scheme.stacked_rows(rows) as u64 / rows as u64;
+    let copies = estimator.copies(rows) as u64;
     Ok(Probed { graph, shared: (t.once * (copies - 1), t.all * copies) })
 }
 
@@ -112,9 +68,8 @@ struct New {
 }
 
 struct Transform<'a> {
-    scheme: &'a Scheme,
+    estimator: &'a dyn Estimator,
     rows: usize,
-    members: usize,
     kinds: &'a HashMap<String, WeightKind>,
     probed: &'a HashSet<String>,
     once: u64,
@@ -127,12 +82,22 @@ type Map = HashMap<Value, New>;
 impl Transform<'_> {
     /// Copies of the batch in a stacked value.
     fn copies(&self) -> usize {
-        self.scheme.stacked_rows(self.rows) / self.rows
+        self.estimator.copies(self.rows)
     }
 
     /// Groups of a stacked weight.
     fn groups(&self) -> usize {
-        2 * self.members
+        self.estimator.groups(self.rows)
+    }
+
+    fn cx<'g>(&self, g: &'g mut Graph) -> Cx<'g> {
+        let random = self.random.expect("the graph has its random inputs");
+        Cx { g, random, members: self.estimator.members(self.rows) }
+    }
+
+    /// A probed weight and where probes meet it.
+    fn reached(&self, name: &str) -> Option<(WeightKind, Reach)> {
+        self.is_probed(name).map(|kind| (kind, self.estimator.reach(kind)))
     }
 
     fn is_probed(&self, name: &str) -> Option<WeightKind> {
@@ -160,13 +125,9 @@ impl Transform<'_> {
             Kind::State(_) => Err(InferError::new("probe", "a probed loss starts from fresh states")),
             Kind::Param(name) => {
                 let v = g.param(name, ty());
-                let vector = self.is_probed(name) == Some(WeightKind::Vector);
-                let dense = matches!(self.scheme, Scheme::Mezo { .. })
-                    && matches!(self.is_probed(name), Some(WeightKind::Matrix | WeightKind::Embedding));
-                if !vector && !dense {
-                    return plain(v, false);
-                }
-                let v = self.perturbed(g, name, v)?;
+                let Some((kind, Reach::Weight)) = self.reached(name) else { return plain(v, false) };
+                let v =
+                    self.estimator.perturbed(&mut self.cx(g), &Weight { name: name.clone(), kind, v, scales: None })?;
                 Ok(vec![New { v, split: true, batched: false }])
             }
             Kind::Repeat(r) => self.repeat(old, g, node, r, map),
@@ -243,11 +204,22 @@ impl Transform<'_> {
     /// The operation itself, stacked when an operand is.
     fn apply(&mut self, old: &Graph, g: &mut Graph, op: &Op, node: &Node, map: &Map) -> Result<Vec<New>, InferError> {
         let mut ins: Vec<New> = node.ins.iter().map(|v| map[v]).collect();
-        // Mode A: codes of the perturbed latent, scales of the unperturbed one.
-        if let (Op::PackTernary(_) | Op::TernaryDense(_), Scheme::Mezo { requantise: true, .. }) = (op, self.scheme) {
+        // Codes of the perturbed latent, scales of the unperturbed one.
+        if let Op::PackTernary(_) | Op::TernaryDense(_) = op {
             let [name] = &roots(old, node.ins[0])[..] else { unreachable!("a ternary weight has one latent") };
-            if self.is_probed(name).is_some() {
-                ins[0] = New { v: self.perturbed(g, name, ins[0].v)?, split: true, batched: false };
+            if let Some((kind, Reach::Codes)) = self.reached(name) {
+                let scales = Some(Scales { alpha: ins[1].v, ..quantised(op) });
+                let latent = Weight { name: name.clone(), kind, v: ins[0].v, scales };
+                let v = self.estimator.perturbed(&mut self.cx(g), &latent)?;
+                ins[0] = New { v, split: true, batched: false };
+            }
+        }
+        if let Op::TernaryProduct(TernaryProduct { n_weights, .. }) = op {
+            for w in 0..*n_weights {
+                let at = 3 + 2 * w;
+                if let Some(v) = self.scaled(old, g, node.ins[at - 1], node.ins[at], map)? {
+                    ins[at] = New { v, split: true, batched: false };
+                }
             }
         }
         let old_tys: Vec<Type> = node.ins.iter().map(|&v| old.ty(v).clone()).collect();
@@ -267,7 +239,7 @@ impl Transform<'_> {
                 dims[0] *= from;
                 Op::from(Reshape { dims })
             }
-            Op::Dispatch(Dispatch { experts, .. }) if matches!(self.scheme, Scheme::Mezo { .. }) && any => {
+            Op::Dispatch(Dispatch { experts, .. }) if any && self.estimator.comparison() != Comparison::PerSequence => {
                 Op::from(Dispatch { experts: *experts, groups: self.groups() })
             }
             op => op.clone(),
@@ -280,9 +252,72 @@ impl Transform<'_> {
             dims.splice(..2, [n * self.groups()]);
             outs = vec![g.op(Reshape { dims }, &outs)?];
         }
+        if let Op::TernaryDense(TernaryDense { group, .. }) = op
+            && let Some(f) = self.factors(old, g, &op, node, map)?
+        {
+            outs = vec![g.op(ScaleGroups { group }, &[outs[0], f])?];
+        }
         let batched = ins.iter().zip(&axes).any(|(i, a)| *a == Axis::Rows && i.batched);
         let status = |(v, o): (Value, &Value)| New { v, split: g.ty(v) != old.ty(*o), batched };
         Ok(outs.into_iter().zip(&node.outs).map(status).collect())
+    }
+
+    /// The factors of the scales of a dense ternary weight, if they are probed.
+    fn factors(
+        &self,
+        old: &Graph,
+        g: &mut Graph,
+        op: &Op,
+        node: &Node,
+        map: &Map,
+    ) -> Result<Option<Value>, InferError> {
+        let [name] = &roots(old, node.ins[0])[..] else { return Ok(None) };
+        let Some((kind, Reach::Scales)) = self.reached(name) else { return Ok(None) };
+        let scales = Some(Scales { alpha: map[&node.ins[1]].v, ..quantised(op) });
+        let w = Weight { name: name.clone(), kind, v: map[&node.ins[0]].v, scales };
+        self.estimator.factors(&mut self.cx(g), &w).map(Some)
+    }
+
+    /// The scales of packed codes with a group for each probe, if they are probed: `[G, m, nb]`, of stacked weights `[E G, m, nb]`.
+    fn scaled(
+        &self,
+        old: &Graph,
+        g: &mut Graph,
+        codes: Value,
+        alpha: Value,
+        map: &Map,
+    ) -> Result<Option<Value>, InferError> {
+        let names = roots(old, codes);
+        if !names.iter().any(|n| matches!(self.reached(n), Some((_, Reach::Scales)))) {
+            return Ok(None);
+        }
+        let parts = match &old.def(alpha).kind {
+            Kind::Op(Op::Stack(_)) => old.def(alpha).ins.clone(),
+            _ => vec![alpha],
+        };
+        let mut groups = vec![];
+        for (name, part) in names.iter().zip(&parts) {
+            let alpha = map[part].v;
+            let all = self.stacked(g, New { v: alpha, split: false, batched: false })?.v;
+            groups.push(match self.reached(name) {
+                Some((kind, Reach::Scales)) => {
+                    // Codes and factors are functions of the scales alone here.
+                    let scales = Some(Scales { alpha, group: 0, ratio: 0.0 });
+                    let w = Weight { name: name.clone(), kind, v: alpha, scales };
+                    let f = self.estimator.factors(&mut self.cx(g), &w)?;
+                    g.op(Binary { f: BinaryFn::Mul }, &[all, f])?
+                }
+                _ => all,
+            });
+        }
+        let &[one] = &groups[..] else {
+            let stacked = g.op(Stack { n: groups.len() }, &groups)?;
+            let mut dims = g.ty(stacked).dims.clone();
+            let leads = dims[0] * dims[1];
+            dims.splice(..2, [leads]);
+            return g.op(Reshape { dims }, &[stacked]).map(Some);
+        };
+        Ok(Some(one))
     }
 
     /// What probes add to the result of an operation whose weight is probed without being stacked.
@@ -300,69 +335,44 @@ impl Transform<'_> {
             Op::Linear(_) | Op::Embed(_) | Op::CrossEntropy(_) => node.ins[1],
             _ => return Ok(outs),
         };
-        let names: Vec<String> =
-            roots(old, weight).into_iter().filter(|n| self.is_probed(n).is_some() && !map[&weight].split).collect();
-        if names.is_empty() {
+        if map[&weight].split {
             return Ok(outs);
         }
-        let y = self.stacked(g, outs[0])?;
+        let mut weights = vec![];
+        for name in roots(old, weight) {
+            if let Some((kind, Reach::Product)) = self.reached(&name) {
+                let v = g.find_param(&name);
+                let v = v.ok_or_else(|| InferError::new("probe", format!("weight {name} is not in the graph")))?;
+                weights.push(Weight { name, kind, v, scales: None });
+            }
+        }
+        if weights.is_empty() {
+            return Ok(outs);
+        }
+        let y = self.stacked(g, outs[0])?.v;
         let x = match op {
             Op::TernaryProduct(_) => float_input(old, g, map, node.ins[0])?,
             _ => map[&node.ins[0]],
         };
-        let x = self.stacked(g, x)?;
-        let grouped = match op {
-            Op::TernaryProduct(TernaryProduct { grouped_rows, .. }) | Op::Linear(Linear { grouped_rows, .. }) => {
-                *grouped_rows
+        let x = self.stacked(g, x)?.v;
+        let kind = match op {
+            Op::Embed(_) => SiteKind::Embed,
+            Op::CrossEntropy(CrossEntropy { vocab }) => {
+                let labels = self.stacked(g, map[&node.ins[2]])?.v;
+                SiteKind::Loss { vocab: *vocab, panels: map[&weight].v, labels }
             }
-            _ => false,
-        };
-        let offsets = grouped.then(|| map[node.ins.last().expect("grouped rows have offsets")]);
-        let v = match (self.scheme.clone(), op) {
-            (Scheme::Mezo { .. }, _) => self.dense_noise(g, &names, x.v, y.v, offsets.map(|o| o.v))?,
-            (Scheme::PerSequence { rank, kappa, .. }, Op::Embed(_)) => {
-                let [a, b] = self.factors(g, &names[0], rank)?;
-                let scale = self.low_rank_scale(g, &names[0], rank, kappa)?;
-                g.op(EmbedRank { rank, members: self.members }, &[y.v, x.v, a, b, scale])?
-            }
-            (Scheme::PerSequence { rank, kappa, .. }, Op::CrossEntropy(CrossEntropy { vocab })) => {
-                let [a, b] = self.factors(g, &names[0], rank)?;
-                let u = g.op(MemberDot { rank, members: self.members, gathered: None }, &[x.v, b])?;
-                let scale = self.low_rank_scale(g, &names[0], rank, kappa)?;
-                let signs: Vec<f32> =
-                    (0..2 * self.members).map(|r| if r < self.members { 1.0 } else { -1.0 }).collect();
-                let signs = g.constant(Tensor::f32(&[2 * self.members, 1], signs));
-                let mul = Binary { f: BinaryFn::Mul };
-                let u = g.op(mul.clone(), &[u, signs])?;
-                let u = g.op(mul, &[u, scale])?;
-                let panels = map[&node.ins[1]].v;
-                let labels = self.stacked(g, map[&node.ins[2]])?;
-                g.op(CrossEntropy { vocab: *vocab }, &[x.v, panels, labels.v, u, a])?
-            }
-            (Scheme::PerSequence { rank, kappa, .. }, _) if grouped => {
+            Op::TernaryProduct(TernaryProduct { grouped_rows: true, .. })
+            | Op::Linear(Linear { grouped_rows: true, .. }) => {
                 let (order, index) = routing(old, node.ins[0])?;
-                let tokens = old.ty(index).dims[1];
-                let gathered = Some((old.ty(index).dims[2], tokens));
-                let (order, index) = (map[&order].v, self.stacked(g, map[&index])?.v);
-                let (mut a, mut b, mut scale) = (vec![], vec![], vec![]);
-                for name in &names {
-                    let [fa, fb] = self.factors(g, name, rank)?;
-                    a.push(fa);
-                    b.push(fb);
-                    scale.push(self.low_rank_scale(g, name, rank, kappa)?);
-                }
-                let n = names.len();
-                let [a, b, scale] = [a, b, scale].map(|parts| g.op(Stack { n }, &parts));
-                let u = g.op(MemberDot { rank, members: self.members, gathered }, &[x.v, b?, order, index])?;
-                g.op(RankUpdate { rank, members: self.members, gathered }, &[y.v, u, a?, scale?, order, index])?
+                let ty = old.ty(index);
+                let slots = (ty.dims[2], ty.dims[1]);
+                let index = self.stacked(g, map[&index])?.v;
+                let offsets = map[node.ins.last().expect("grouped rows have offsets")].v;
+                SiteKind::Grouped { offsets, order: map[&order].v, index, slots }
             }
-            (Scheme::PerSequence { rank, kappa, .. }, _) => {
-                let [a, b] = self.factors(g, &names[0], rank)?;
-                let scale = self.low_rank_scale(g, &names[0], rank, kappa)?;
-                let u = g.op(MemberDot { rank, members: self.members, gathered: None }, &[x.v, b])?;
-                g.op(RankUpdate { rank, members: self.members, gathered: None }, &[y.v, u, a, scale])?
-            }
+            _ => SiteKind::Product,
         };
+        let v = self.estimator.corrected(&mut self.cx(g), &Site { x, y, weights, kind })?;
         Ok(vec![New { v, split: true, batched: true }])
     }
 
@@ -380,89 +390,16 @@ impl Transform<'_> {
         };
         Ok(New { v, split: true, ..new })
     }
+}
 
-    fn directions(&self, g: &mut Graph, name: &str, shape: &[usize], dist: Distribution) -> Result<Value, InferError> {
-        let shape = shape.to_vec();
-        let op = Random { dist, shape, members: self.members, dtype: DType::F32 };
-        let [seed, step, first] = self.random.expect("the graph has its random inputs");
-        let stream = g.constant(ops::stream(name));
-        g.op(op, &[seed, step, first, stream])
-    }
-
-    /// `w +- eps z`, `[2 M, ..]`.
-    fn perturbed(&self, g: &mut Graph, name: &str, w: Value) -> Result<Value, InferError> {
-        let dist = match self.scheme {
-            Scheme::PerSequence { .. } => Distribution::Gaussian,
-            Scheme::Mezo { dist, .. } => *dist,
-        };
-        let shape = g.ty(w).dims.clone();
-        let z = self.directions(g, name, &shape, dist)?;
-        let eps = self.probe_size(g, name, w)?;
-        g.op(Probe {}, &[w, z, eps])
-    }
-
-    fn probe_size(&self, g: &mut Graph, name: &str, w: Value) -> Result<Value, InferError> {
-        let ternary = self.kinds.get(name) == Some(&WeightKind::Ternary);
-        let constant = |g: &mut Graph, x: f32| g.constant(Tensor::f32(&[1], vec![x]));
-        match self.scheme {
-            Scheme::PerSequence { sigma_vec, .. } => Ok(constant(g, *sigma_vec)),
-            Scheme::Mezo { eps_rel: Some(rel), .. } if ternary => {
-                let mean = g.op(MeanAbs { floor: 0.0 }, &[w])?;
-                g.op(Unary { f: UnaryFn::Affine { mul: *rel, add: 0.0 } }, &[mean])
-            }
-            Scheme::Mezo { eps, .. } => Ok(constant(g, *eps)),
+/// How an operation quantises; its scales are not filled in.
+fn quantised(op: &Op) -> Scales {
+    let alpha = Value(0);
+    match op {
+        Op::PackTernary(PackTernary { group, ratio }) | Op::TernaryDense(TernaryDense { group, ratio }) => {
+            Scales { alpha, group: *group, ratio: *ratio }
         }
-    }
-
-    fn latent(&self, g: &mut Graph, name: &str) -> Result<Value, InferError> {
-        g.find_param(name).ok_or_else(|| InferError::new("probe", format!("weight {name} is not in the graph")))
-    }
-
-    fn factors(&self, g: &mut Graph, name: &str, rank: usize) -> Result<[Value; 2], InferError> {
-        let w = self.latent(g, name)?;
-        let [m, n] = g.ty(w).dims[..] else { return Err(InferError::new("probe", format!("{name} is not a matrix"))) };
-        let a = self.directions(g, &format!("{name}#A"), &[m, rank], Distribution::Gaussian)?;
-        Ok([a, self.directions(g, &format!("{name}#B"), &[n, rank], Distribution::Gaussian)?])
-    }
-
-    /// `kappa max(mean|W|, 1e-3) / sqrt(rank)`.
-    fn low_rank_scale(&self, g: &mut Graph, name: &str, rank: usize, kappa: f32) -> Result<Value, InferError> {
-        let w = self.latent(g, name)?;
-        let mean = g.op(MeanAbs { floor: 1e-3 }, &[w])?;
-        g.op(Unary { f: UnaryFn::Affine { mul: kappa / (rank as f32).sqrt(), add: 0.0 } }, &[mean])
-    }
-
-    /// Mode C: `y + x (+-eps z)^T`.
-    fn dense_noise(
-        &self,
-        g: &mut Graph,
-        names: &[String],
-        x: Value,
-        y: Value,
-        offsets: Option<Value>,
-    ) -> Result<Value, InferError> {
-        let mut noise = vec![];
-        for name in names {
-            let w = self.latent(g, name)?;
-            let zero = g.op(Unary { f: UnaryFn::Affine { mul: 0.0, add: 0.0 } }, &[w])?;
-            let Scheme::Mezo { dist, .. } = self.scheme else { unreachable!("dense noise is a shared direction") };
-            let shape = g.ty(w).dims.clone();
-            let z = self.directions(g, name, &shape, *dist)?;
-            let eps = self.probe_size(g, name, w)?;
-            noise.push(g.op(Probe {}, &[zero, z, eps])?);
-        }
-        let m = g.ty(y).cols();
-        let mut panels = noise.into_iter().map(|n| g.op(PackPanels {}, &[n])).collect::<Result<Vec<_>, _>>()?;
-        if offsets.is_some() {
-            let stacked = g.op(Stack { n: names.len() }, &panels)?;
-            let mut dims = g.ty(stacked).dims.clone();
-            let groups = dims[0] * dims[1];
-            dims.splice(..2, [groups]);
-            panels = vec![g.op(Reshape { dims }, &[stacked])?];
-        }
-        let ins: Vec<Value> = [x, panels[0]].into_iter().chain(offsets).collect();
-        let add = g.op(Linear { m, grouped_rows: offsets.is_some() }, &ins)?;
-        g.op(Binary { f: BinaryFn::Add }, &[y, add])
+        _ => unreachable!("only ternary weights are quantised"),
     }
 }
 

@@ -19,8 +19,8 @@ pub const IGNORE: i32 = -100;
 /// `(h [R, T, n], panels [ceil(V / 16), n, 16] or [G, ..], labels i32 [R, T], with a probe u [R, T, r] and A [M, V, r])` →
 /// `nll [R, T]`: `log sum_v exp(z_v) - z_label` in nats, 0 where the label is -100.
 ///
-/// `z = W h`, and with a probe `z_v += sum_i u_i A[batch row mod M, v, i]`. Semantics section 1.3. Panels are laid out as by
-/// [`super::PackPanels`]. Other labels outside `0..V` have the logit 0; the runtime refuses them before they get here.
+/// `z = W h`, and with a probe `z_v += sum_i u_i A[member, v, i]`, equally many consecutive rows to each sign and member. Semantics
+/// section 1.3. Panels are laid out as by [`super::PackPanels`]. Other labels outside `0..V` have the logit 0; the runtime refuses them before they get here.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CrossEntropy {
     /// The number of tokens.
@@ -88,7 +88,8 @@ impl CrossEntropy {
     fn probe(&self, cx: &mut Lower<'_>, z: Buf, row: &Expr, at: &Expr, v0: &Expr, width: &Expr) {
         let (t, a) = (cx.ty(2).cols(), cx.ty(4).clone());
         let (u, table, rank) = (cx.buf(3), cx.buf(4), a.cols());
-        let member = cx.b.bind(row / t % a.dims[0] * self.vocab);
+        let per = rows_of_member(cx.ty(0), a.dims[0]);
+        let member = cx.b.bind(row / (t * per) % a.dims[0] * self.vocab);
         let (from, to) = (cx.b.bind(row * rank), cx.b.bind(at * WIDTH));
         cx.lanes(0, width, 2, |cx, l| {
             let v = cx.b.bind((v0 + &l).min(int(self.vocab - 1)) + &member);
@@ -99,6 +100,11 @@ impl CrossEntropy {
             cx.b.store(z, &to + l, e);
         });
     }
+}
+
+/// Consecutive rows that share a member, when the first half of all rows has a plus and the second a minus sign.
+fn rows_of_member(h: &Type, members: usize) -> usize {
+    (h.dims[0] / (2 * members)).max(1)
 }
 
 impl OpDef for CrossEntropy {
@@ -140,7 +146,8 @@ impl OpDef for CrossEntropy {
             let x = &h.as_f32()[row * n..][..n];
             let z = (0..n).fold(0.0f32, |z, j| x[j].mul_add(w[j * PANEL + v % PANEL], z));
             let Some((u, a)) = ins.get(3).zip(ins.get(4)) else { return z };
-            let (rank, member) = (u.ty.cols(), row / t % a.ty.dims[0]);
+            let per = rows_of_member(&h.ty, a.ty.dims[0]);
+            let (rank, member) = (u.ty.cols(), row / (t * per) % a.ty.dims[0]);
             let a = &a.as_f32()[(member * self.vocab + v) * rank..];
             (0..rank).fold(z, |z, i| u.as_f32()[row * rank + i].mul_add(a[i], z))
         };

@@ -11,6 +11,7 @@ use crate::{
 mod add_total;
 mod balance;
 mod binary;
+mod boundary_mask;
 mod check;
 mod combine;
 mod combine_grad;
@@ -45,8 +46,10 @@ mod mlstm_grad;
 mod norm;
 mod norm_grad;
 mod norm_quantise;
+mod orthonormal;
 mod pack_panels;
 mod pack_ternary;
+mod period_start;
 mod positions;
 mod probe;
 mod quantise;
@@ -61,12 +64,14 @@ mod route_grad;
 mod row_rms;
 mod row_squares;
 mod row_tiles;
+mod scale_groups;
 mod scatter_rows;
 mod select;
 mod short_conv;
 mod short_conv_grad;
 mod span_knot;
 mod stack;
+mod stochastic_round;
 mod stop_rows;
 mod sum_to;
 mod take_columns;
@@ -76,6 +81,7 @@ mod ternary_transpose;
 mod tile_rows;
 mod titans_grad;
 mod titans_memory;
+mod top_mask;
 mod transpose_panels;
 mod unary;
 mod unstack;
@@ -89,6 +95,7 @@ pub use self::{
     add_total::AddTotal,
     balance::Balance,
     binary::{Binary, BinaryFn},
+    boundary_mask::BoundaryMask,
     combine::Combine,
     combine_grad::CombineGrad,
     cross_entropy::{CrossEntropy, IGNORE},
@@ -120,8 +127,10 @@ pub use self::{
     norm::{Norm, NormKind},
     norm_grad::NormGrad,
     norm_quantise::NormQuantise,
+    orthonormal::Orthonormal,
     pack_panels::{PANEL, PackPanels, panels_type},
     pack_ternary::{BLOCK_ROWS, PackTernary, packed_type},
+    period_start::PeriodStart,
     positions::Positions,
     probe::Probe,
     quantise::{CODE_PAD, Quantise},
@@ -135,12 +144,14 @@ pub use self::{
     route_grad::RouteGrad,
     row_rms::RowRms,
     row_squares::RowSquares,
+    scale_groups::ScaleGroups,
     scatter_rows::ScatterRows,
     select::Select,
     short_conv::ShortConv,
     short_conv_grad::ShortConvGrad,
     span_knot::{Relaxed, SpanKnot},
     stack::Stack,
+    stochastic_round::StochasticRound,
     stop_rows::StopRows,
     sum_to::SumTo,
     take_columns::TakeColumns,
@@ -150,6 +161,7 @@ pub use self::{
     tile_rows::TileRows,
     titans_grad::TitansGrad,
     titans_memory::TitansMemory,
+    top_mask::TopMask,
     transpose_panels::TransposePanels,
     unary::{Unary, UnaryFn},
     unstack::Unstack,
@@ -569,4 +581,4 @@ impl Op {
     }
 }
 
-ops! { AddTotal, Balance, Binary, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, PackPanels, PackTernary, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }
+ops! { AddTotal, Balance, Binary, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }

@@ -25,7 +25,8 @@ use crate::{
 /// `alpha` stands for one group as long as the row.
 ///
 /// Batch row `r` of `R` uses weight group `r / (R / G)`; with grouped rows the rows `offsets[s] .. offsets[s + 1]` of section
-/// `s` of `S` use group `s / (S / G)`. Scales may have fewer groups than codes by the same rule.
+/// `s` of `S` use group `s / (S / G)`. `G` is the larger number of groups, that of the codes or that of the scales; the other one
+/// divides it and follows the same rule.
 /// Byte `4 r8 + k4` of block `(ob, kb)` of the packed weights is laid out as by [`super::PackTernary`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct TernaryProduct {
@@ -54,6 +55,8 @@ struct Shape {
     nb: usize,
     /// Groups of weights.
     groups: usize,
+    /// Groups of their codes.
+    leads: usize,
     /// Columns of one integer sum.
     piece: usize,
     /// Integer sums of a weight group.
@@ -99,6 +102,8 @@ impl TernaryProduct {
             return fail(format!("codes {codes} want a multiple of 64 columns and {nc} scales a row, found {scales}"));
         }
         let (nb, lead) = (ins[3].cols(), if ins[2].dims.len() == 4 { ins[2].dims[0] } else { 1 });
+        let alphas = |w: usize| ins[Self::packed(w) + 1].dims.iter().rev().nth(2).copied().unwrap_or(1);
+        let total = (0..self.n_weights).map(alphas).fold(lead, usize::max);
         for w in 0..self.n_weights {
             let (packed, alpha) = (&ins[Self::packed(w)], &ins[Self::packed(w) + 1]);
             let dims = [self.m.div_ceil(BLOCK_ROWS), np / 4, 32];
@@ -108,19 +113,21 @@ impl TernaryProduct {
             if !packed.dims.ends_with(&dims) || groups != lead {
                 return fail(format!("weight {w} wants u8{dims:?} in {lead} groups, found {packed}"));
             }
-            let alphas = if alpha.dims.len() == 3 { alpha.dims[0] } else { 1 };
-            let good = alpha.dims.ends_with(&[self.m, nb]) && lead.is_multiple_of(alphas);
-            if !good {
+            let divides = |n: usize| n > 0 && total.is_multiple_of(n);
+            if !alpha.dims.ends_with(&[self.m, nb]) || !divides(alphas(w)) || !divides(lead) {
                 return fail(format!(
-                    "weight {w} wants scales f32[{}, {nb}] in groups that divide {lead}, found {alpha}",
+                    "weight {w} wants scales f32[{}, {nb}] in groups that divide {total} or are its multiple, found {alpha}",
                     self.m
                 ));
             }
         }
         if self.grouped_rows {
-            sections(Self::NAME, lead, &ins[want - 1])?;
+            sections(Self::NAME, total, &ins[want - 1])?;
         } else {
             check::groups(Self::NAME, "a packed weight", &ins[2], 3, codes)?;
+            (0..self.n_weights).try_for_each(|w| {
+                check::groups(Self::NAME, "the scales of a weight", &ins[Self::packed(w) + 1], 2, codes).map(drop)
+            })?;
         }
         let (piece, span) = match (nb, self.block) {
             (1, 0) => (np, 1),
@@ -133,7 +140,7 @@ impl TernaryProduct {
         if !fits {
             return fail(format!("{nb} scales a row do not fit groups of {} of {np} columns", self.group));
         }
-        Ok(Shape { rows, np, nc, nb, groups: lead, piece, span })
+        Ok(Shape { rows, np, nc, nb, groups: total, leads: lead, piece, span })
     }
 }
 
@@ -158,7 +165,8 @@ impl OpDef for TernaryProduct {
             let Data::U8(bytes) = &packed.data else { panic!("infer wants bytes") };
             let alphas = alpha.ty.rows() / self.m;
             let weight = |g: usize, o: usize, k: usize| {
-                let block = (g * self.m.div_ceil(BLOCK_ROWS) + o / BLOCK_ROWS) * (s.np / 4) + k / 4;
+                let lead = g / (s.groups / s.leads);
+                let block = (lead * self.m.div_ceil(BLOCK_ROWS) + o / BLOCK_ROWS) * (s.np / 4) + k / 4;
                 let byte = bytes[block * 32 + o % 8 * 4 + k % 4];
                 i64::from(byte >> (o % BLOCK_ROWS / 8 * 2) & 3) - 1
             };
@@ -218,7 +226,7 @@ impl OpDef for TernaryProduct {
             ("group", self.group),
             ("block", self.block),
             ("n_weights", self.n_weights),
-            ("groups", s.groups),
+            ("groups", s.leads),
             ("scales", s.nb),
             ("sections", if self.grouped_rows { ins.last()?.numel() - 1 } else { 0 }),
         ];
@@ -373,6 +381,9 @@ fn samples() -> Vec<(TernaryProduct, Vec<Type>)> {
         of(&[2, 26], 192, op(45, 64, 1), &[], 2, &[]),
         of(&[2, 17], 320, op(64, 64, 2), &[2], 1, &[2]),
         of(&[4, 1], 128, op(32, 64, 1), &[2], 1, &[]),
+        // More groups of scales than of codes.
+        of(&[4, 3], 192, op(37, 64, 2), &[], 2, &[2]),
+        of(&[GROUPED_ROWS], 128, grouped(20, 1), &[2], 1, &[4]),
         // Panels that hold a part of the columns, with and without weight groups, the last one short.
         of(&[13], 1140, op(40, 64, 1), &[], 9, &[]),
         of(&[2, 13], 600, op(33, 64, 2), &[2], 1, &[]),

@@ -22,6 +22,10 @@ pub enum UnaryFn {
     Softplus,
     /// Hyperbolic tangent.
     Tanh,
+    /// `max(x, 0)`.
+    Relu,
+    /// Square root of `max(x, 0)`.
+    Sqrt,
     /// `x mul + add`, two roundings.
     Affine {
         /// Factor.
@@ -47,6 +51,9 @@ impl Unary {
             UnaryFn::Silu => x / (1.0 + (-x).exp()),
             UnaryFn::Softplus => x.max(0.0) + (-x.abs()).exp().ln_1p(),
             UnaryFn::Tanh => x.tanh(),
+            UnaryFn::Relu if x > 0.0 => x,
+            UnaryFn::Sqrt if x > 0.0 => x.sqrt(),
+            UnaryFn::Relu | UnaryFn::Sqrt => 0.0,
             UnaryFn::Affine { mul, add } => x * mul + add,
         }
     }
@@ -76,6 +83,7 @@ impl OpDef for Unary {
             UnaryFn::Neg => return Ok(vec![Some(cx.op(un(UnaryFn::Neg), &[g])?)]),
             UnaryFn::Affine { mul, .. } => return Ok(vec![Some(cx.op(affine(mul, 0.0), &[g])?)]),
             UnaryFn::Exp => y,
+            UnaryFn::Relu | UnaryFn::Sqrt => return Err(InferError::new(Self::NAME, "not differentiable yet")),
             UnaryFn::Sigmoid => {
                 let rest = cx.op(affine(-1.0, 1.0), &[y])?;
                 cx.op(mul.clone(), &[y, rest])?
@@ -98,7 +106,7 @@ impl OpDef for Unary {
     }
 
     fn flops(&self, _: &[Type], outs: &[Type]) -> Flops {
-        let each = if matches!(self.f, UnaryFn::Neg | UnaryFn::Affine { .. }) { 2 } else { 10 };
+        let each = if matches!(self.f, UnaryFn::Neg | UnaryFn::Relu | UnaryFn::Affine { .. }) { 2 } else { 10 };
         Flops::float(each * outs[0].numel())
     }
 
@@ -116,6 +124,8 @@ impl OpDef for Unary {
             UnaryFn::Silu => math::silu(b, x),
             UnaryFn::Softplus => math::softplus(b, x),
             UnaryFn::Tanh => math::tanh(b, x),
+            UnaryFn::Relu => x.max(f32c(0.0)),
+            UnaryFn::Sqrt => x.max(f32c(0.0)).sqrt(),
             UnaryFn::Affine { mul, add } => x * f32c(mul) + f32c(add),
         })
     }
@@ -134,14 +144,14 @@ impl OpDef for Unary {
 
     fn accuracy(&self) -> Accuracy {
         match self.f {
-            UnaryFn::Neg | UnaryFn::Affine { .. } => Accuracy::Bits,
+            UnaryFn::Neg | UnaryFn::Relu | UnaryFn::Sqrt | UnaryFn::Affine { .. } => Accuracy::Bits,
             _ => Accuracy::Close { rtol: 1e-6, atol: 5e-7 },
         }
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
         use UnaryFn::*;
-        let all = [Neg, Exp, Sigmoid, Silu, Softplus, Tanh, Affine { mul: -2.5, add: 0.25 }];
+        let all = [Neg, Exp, Sigmoid, Silu, Softplus, Tanh, Relu, Sqrt, Affine { mul: -2.5, add: 0.25 }];
         let shape = |i: usize| [&[7][..], &[3, 5], &[2, 3, 16]][i % 3].to_vec();
         all.into_iter().enumerate().map(|(i, f)| (Unary { f }, vec![Type::f32(&shape(i))])).collect()
     }

@@ -87,6 +87,42 @@ impl WeightKind {
     ];
 }
 
+/// The compile option that says how the losses of probes are compared: a name of [`Comparison::ALL`].
+pub const ESTIMATOR: &str = "estimator";
+/// The compile option that says how many steps a kept mask lasts.
+pub const MASK_REFRESH: &str = "mask-refresh";
+
+/// How the losses of the probes of a step become the scalars of its update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comparison {
+    /// Every row has two probes of its own; differences have unit spread.
+    PerSequence,
+    /// Two probes for each direction, each on all rows.
+    TwoSided,
+    /// The same, divided by the spread of all losses.
+    TwoSidedScaled,
+    /// One probe for each direction and one without any, each on all rows.
+    OneSided,
+    /// The same, divided by the spread of the losses with a direction.
+    OneSidedScaled,
+}
+
+impl Comparison {
+    /// Every comparison with its stable name.
+    pub const ALL: [(Comparison, &'static str); 5] = [
+        (Comparison::PerSequence, "per-sequence"),
+        (Comparison::TwoSided, "two-sided"),
+        (Comparison::TwoSidedScaled, "two-sided-scaled"),
+        (Comparison::OneSided, "one-sided"),
+        (Comparison::OneSidedScaled, "one-sided-scaled"),
+    ];
+
+    /// The stable name.
+    pub fn name(self) -> &'static str {
+        Comparison::ALL.iter().find(|(c, _)| *c == self).map_or("", |(_, name)| name)
+    }
+}
+
 /// A weight: a tensor that files hold and training changes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WeightDecl {

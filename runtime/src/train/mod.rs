@@ -5,6 +5,7 @@
 
 mod backprop;
 pub mod checkpoint;
+mod compare;
 mod driver;
 pub mod history;
 pub mod init;
@@ -19,7 +20,7 @@ pub mod weights;
 
 pub use driver::{Budget, Event, Outcome, Progress, Run, RunOptions, Writing};
 pub use schedule::{Decay, Schedule};
-pub use step::{Depths, Estimator, Probed, Trainer, coefficients};
+pub use step::{Depths, Probed, Trainer};
 
 use crate::exec::ExecError;
 use crate::files::{FileError, is_full};

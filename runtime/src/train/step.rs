@@ -4,54 +4,25 @@
 
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
+use super::compare;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
 use crate::text::{Batch, IGNORE, LossTally, TokenStream, Vocab};
-use chimera_ir::plan::{Plan, WeightKind};
+use chimera_ir::plan::{Comparison, MASK_REFRESH, Plan};
 use chimera_ir::{DType, Type};
 
 /// The entry point that evaluates all probes.
 const DUAL_LOSS: &str = "dual_loss";
 /// The entry point that moves the weights.
 const UPDATE: &str = "update";
+/// The entry point that chooses what is probed, where that lasts some steps.
+const MASK: &str = "mask";
 /// The entry point that measures.
 const LOSS: &str = "loss";
 /// The port that takes a loop depth for every sequence.
 pub(super) const DEPTH: &str = "depth";
 /// Ports with the load of the experts begin so.
 const LOAD: &str = "load.";
-
-/// What turns losses into the scalars of an update.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Estimator {
-    /// Every sequence compares its own two probes; differences are scaled to unit spread (semantics 13.4).
-    PerSequence,
-    /// All sequences share each direction (semantics 13.1).
-    Mezo,
-    /// The gradient itself (semantics 12.1, 12.2).
-    Gradient,
-}
-
-impl Estimator {
-    /// The estimator of a plan: of those that probe, only the per-sequence one has optimizer memory.
-    pub fn of(plan: &Plan) -> Estimator {
-        if backprop::has_gradients(plan) {
-            return Estimator::Gradient;
-        }
-        match plan.weights.iter().any(|w| w.kind == WeightKind::Optimizer) {
-            true => Estimator::PerSequence,
-            false => Estimator::Mezo,
-        }
-    }
-
-    /// The entry point that looks at a batch.
-    fn entry(self) -> &'static str {
-        match self {
-            Estimator::PerSequence | Estimator::Mezo => DUAL_LOSS,
-            Estimator::Gradient => BACKWARD,
-        }
-    }
-}
 
 /// How often looped layers run in a step, drawn for every sequence: Poisson, clamped (semantics 9.2).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -95,32 +66,17 @@ impl Probed {
     }
 }
 
-/// The scalars of an update from the losses of both signs.
-///
-/// Per sequence `(l+ - l-) / (std + 1e-8)` with the population standard deviation over the batch, and the sign alone for a single
-/// sequence; otherwise `l+ - l-` of each direction, which the update divides by twice the size of its probe.
-pub fn coefficients(estimator: Estimator, plus: &[f64], minus: &[f64]) -> Vec<f32> {
-    let c: Vec<f64> = plus.iter().zip(minus).map(|(p, m)| p - m).collect();
-    let n = c.len() as f64;
-    match (estimator, &c[..]) {
-        (Estimator::PerSequence, &[only]) => vec![if only == 0.0 { 0.0 } else { only.signum() as f32 }],
-        (Estimator::PerSequence, _) => {
-            let mean = c.iter().sum::<f64>() / n;
-            let spread = (c.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / n).sqrt();
-            c.iter().map(|x| (x / (spread + 1e-8)) as f32).collect()
-        }
-        (Estimator::Mezo | Estimator::Gradient, _) => c.iter().map(|&x| x as f32).collect(),
-    }
-}
-
 /// The entry points of one training plan.
 #[derive(Debug)]
 pub struct Trainer {
     exec: Executable,
-    estimator: Estimator,
+    /// How losses of probes are compared; nothing along a gradient.
+    comparison: Option<Comparison>,
     seed: u64,
     dual: EntryId,
     update: EntryId,
+    /// The entry point that chooses, and how many steps a choice lasts.
+    mask: Option<(EntryId, u64)>,
     loss: EntryId,
     rows: usize,
     tokens: usize,
@@ -143,9 +99,11 @@ impl Trainer {
     /// When the plan lacks one of them, or their shapes do not fit together.
     pub fn new(exec: Executable, seed: u64) -> Result<Trainer, TrainError> {
         let plan = exec.plan();
-        let estimator = Estimator::of(plan);
+        let (comparison, first) = match backprop::has_gradients(plan) {
+            true => (None, BACKWARD),
+            false => (Some(compare::of(plan)?), DUAL_LOSS),
+        };
         let absent = |name: &str| TrainError::Plan(format!("it has no entry point `{name}`; compile one for training"));
-        let first = estimator.entry();
         for name in [first, UPDATE, LOSS] {
             plan.entry(name).ok_or_else(|| absent(name))?;
         }
@@ -154,25 +112,31 @@ impl Trainer {
         let members = input_type(plan, UPDATE, "c")?.numel();
         let (dual, update, loss) = (exec.entry(first)?, exec.entry(UPDATE)?, exec.entry(LOSS)?);
         let probes = exec.output_type(dual, "losses")?.numel();
-        let expected = match estimator {
-            Estimator::PerSequence => (rows, 2 * rows),
-            Estimator::Mezo => (members, 2 * members * rows),
-            Estimator::Gradient => (1, rows),
-        };
-        if (members, probes) != expected {
+        let expected = comparison.map_or((1, rows), |how| compare::sizes(how, members, rows));
+        let uneven = comparison == Some(Comparison::PerSequence) && !rows.is_multiple_of(members.max(1));
+        if (members, probes) != expected || uneven {
             return Err(TrainError::Plan(format!(
                 "found {members} coefficients and {probes} losses for {rows} rows, expected {} and {}; compile it again",
                 expected.0, expected.1
             )));
         }
+        let mask = match plan.option(MASK_REFRESH) {
+            None => None,
+            Some(text) => {
+                let steps = text.parse().ok().filter(|&n: &u64| n > 0);
+                let steps = steps.filter(|_| plan.entry(MASK).is_some()).ok_or_else(|| absent(MASK))?;
+                Some((exec.entry(MASK)?, steps))
+            }
+        };
         let ports = plan.entry(UPDATE).map_or(&[][..], |e| &e.inputs);
         let loads = ports.iter().filter(|p| p.0.starts_with(LOAD)).map(|p| p.0.clone()).collect();
         Ok(Trainer {
             exec,
-            estimator,
+            comparison,
             seed,
             dual,
             update,
+            mask,
             loss,
             rows,
             tokens,
@@ -212,7 +176,7 @@ impl Trainer {
 
     /// Whether a step cannot be repeated from its record alone, but from its batch.
     pub fn needs_data(&self) -> bool {
-        self.estimator == Estimator::Gradient
+        self.comparison.is_none()
     }
 
     /// Sequences and tokens of a batch.
@@ -222,12 +186,11 @@ impl Trainer {
 
     /// Tokens that go forward through the model in one step: each sign and direction is a pass.
     pub fn forward_tokens(&self) -> u64 {
-        let passes = match self.estimator {
-            Estimator::PerSequence => 2,
-            Estimator::Mezo => 2 * self.members,
-            Estimator::Gradient => self.parts,
+        let passes = match self.comparison {
+            Some(how) => compare::sizes(how, self.members, self.rows).1,
+            None => self.parts * self.rows,
         };
-        (passes * self.rows * self.tokens) as u64
+        (passes * self.tokens) as u64
     }
 
     /// Probe the weights on a batch and move them. `step` counts from 0 and selects the directions.
@@ -245,7 +208,7 @@ impl Trainer {
     /// # Errors
     /// As for [`Trainer::step`].
     pub fn probe(&mut self, batch: &Batch, step: u64) -> Result<Probed, TrainError> {
-        let entry = self.estimator.entry();
+        let entry = if self.comparison.is_some() { DUAL_LOSS } else { BACKWARD };
         let drawn = match (input_type(self.exec.plan(), entry, DEPTH), self.depths) {
             (Err(_), _) => None,
             (Ok(_), Some(depths)) => Some(depths.draw(batch.batch, step as u32, self.seed)),
@@ -255,9 +218,10 @@ impl Trainer {
                 )));
             }
         };
-        if self.estimator == Estimator::Gradient {
+        let Some(comparison) = self.comparison else {
             return backprop::descent(&mut self.exec, self.dual, batch, drawn.as_deref(), &self.loads, step);
-        }
+        };
+        self.choose(step)?;
         set_batch(&mut self.exec, self.dual, batch)?;
         if let Some(drawn) = drawn {
             self.exec.set_input(self.dual, DEPTH, &drawn)?;
@@ -275,8 +239,8 @@ impl Trainer {
             return Err(TrainError::Diverged { step, loss: bad });
         }
         let counts = counted(batch);
-        let (plus, minus) = self.probes(&losses, &counts);
-        let c = coefficients(self.estimator, &plus, &minus);
+        let (plus, minus) = compare::sides(comparison, self.members, &losses, &counts);
+        let c = compare::coefficients(comparison, &plus, &minus);
         let loss = weighted(&losses, &counts);
         Ok(Probed { plus, minus, c, loads, loss })
     }
@@ -300,9 +264,10 @@ impl Trainer {
             self.exec.set_input(self.update, name, load)?;
             rest = others;
         }
+        self.choose(step)?;
         let (seed, word) = self.stream(step);
         self.exec.set_input(self.update, "c", c)?;
-        if self.estimator != Estimator::Gradient {
+        if self.comparison.is_some() {
             self.exec.set_input(self.update, "seed", &seed)?;
         }
         self.exec.set_input(self.update, "step", &[word])?;
@@ -310,23 +275,23 @@ impl Trainer {
         Ok(self.exec.run_entry(self.update)?)
     }
 
+    /// Chooses what is probed from now on, if it is time to. The weights before the step decide, so that a step that is only applied
+    /// chooses as one that was probed.
+    fn choose(&mut self, step: u64) -> Result<(), TrainError> {
+        let Some((entry, _)) = self.mask.filter(|(_, steps)| step.is_multiple_of(*steps)) else { return Ok(()) };
+        let (seed, word) = self.stream(step);
+        let ports = self.exec.plan().entry(MASK).map_or(&[][..], |e| &e.inputs);
+        if ports.iter().any(|p| p.0 == "seed") {
+            self.exec.set_input(entry, "seed", &seed)?;
+            self.exec.set_input(entry, "step", &[word])?;
+        }
+        Ok(self.exec.run_entry(entry)?)
+    }
+
     /// The words that select the directions of a step.
     fn stream(&self, step: u64) -> ([i32; 2], i32) {
         let word = |w: u32| i32::from_ne_bytes(w.to_ne_bytes());
         ([self.seed as u32, (self.seed >> 32) as u32].map(word), word(step as u32))
-    }
-
-    /// Losses of the positive and of the negative probes.
-    fn probes(&self, losses: &[f64], counts: &[f64]) -> (Vec<f64>, Vec<f64>) {
-        let half = losses.len() / 2;
-        let (plus, minus) = losses.split_at(half);
-        match self.estimator {
-            Estimator::PerSequence | Estimator::Gradient => (plus.to_vec(), minus.to_vec()),
-            Estimator::Mezo => {
-                let each = |side: &[f64]| side.chunks(self.rows).map(|rows| weighted(rows, counts)).collect();
-                (each(plus), each(minus))
-            }
-        }
     }
 
     /// Loss on the first rows of a stream, at most `rows` of them. The result does not depend on the batch size of the entry point.
@@ -403,16 +368,6 @@ pub(super) fn matrix(plan: &Plan, entry: &str, name: &str) -> Result<[usize; 2],
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn differences_have_unit_spread() {
-        let c = coefficients(Estimator::PerSequence, &[1.0, 2.0, 3.0], &[1.0, 1.0, 1.0]);
-        let spread = (2f64 / 3.0).sqrt();
-        assert_eq!(c, [0.0, 1.0 / spread, 2.0 / spread].map(|x| x as f32));
-        assert_eq!(coefficients(Estimator::PerSequence, &[2.0], &[5.0]), [-1.0]);
-        assert_eq!(coefficients(Estimator::PerSequence, &[2.0], &[2.0]), [0.0]);
-        assert_eq!(coefficients(Estimator::Mezo, &[2.0, 1.0], &[5.0, 0.5]), [-3.0, 0.5]);
-    }
 
     #[test]
     fn means_are_weighted_and_skip_empty_rows() {

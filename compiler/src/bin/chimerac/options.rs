@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use chimera_codegen::Target;
 use chimera_compiler::tuning::Table;
-use chimera_compiler::{CompileError, EntryKind, EntrySpec, Options, Scheme, UpdateRule};
+use chimera_compiler::{
+    CompileError, EntryKind, EntrySpec, Family, Mode, Options, PerSequence, Scheme, Shared, UpdateRule,
+};
 use chimera_frontends::config::{
     ConfigError, ModelConfig, Overrides, ParamKind, Scale, Vocabulary, VocabularyError, expert_stack, parameters,
 };
@@ -179,6 +181,8 @@ pub(crate) enum Estimator {
 pub(crate) enum Probing {
     /// Perturb the latents and quantise them again
     Latent,
+    /// Perturb the scales, codes stay
+    Scales,
     /// Add noise to the product
     Additive,
 }
@@ -378,19 +382,27 @@ impl BuildArgs {
 
     fn scheme(&self) -> Scheme {
         match self.estimator {
-            Estimator::PerseqLowrank => {
-                Scheme::PerSequence { rank: self.rank as usize, kappa: self.kappa, sigma_vec: self.sigma_vec }
-            }
-            Estimator::Mezo => Scheme::Mezo {
-                requantise: self.probing == Probing::Latent,
+            Estimator::PerseqLowrank => Scheme::PerSequence(PerSequence {
+                rank: self.rank as usize,
+                kappa: self.kappa,
+                sigma_vec: self.sigma_vec,
+                group: 1,
+            }),
+            Estimator::Mezo => Scheme::Shared(Shared {
+                mode: match self.probing {
+                    Probing::Latent => Mode::Requantise,
+                    Probing::Scales => Mode::Scales,
+                    Probing::Additive => Mode::Additive,
+                },
                 directions: self.directions as usize,
-                dist: match self.distribution {
+                family: Family::Dense(match self.distribution {
                     Entries::Rademacher => Distribution::Rademacher,
                     Entries::Gaussian => Distribution::Gaussian,
-                },
+                }),
                 eps: self.eps,
                 eps_rel: self.eps_rel,
-            },
+                ..Shared::default()
+            }),
         }
     }
 
@@ -401,6 +413,7 @@ impl BuildArgs {
             vec_scale: self.vec_scale,
             weight_decay: self.weight_decay,
             balance: self.balance.unwrap_or(configured),
+            ..UpdateRule::default()
         }
     }
 

@@ -189,7 +189,8 @@ impl Parts<'_> {
 
     /// The first word of block `ob` of group `g` of a packed weight.
     fn packed_base(&self, g: &Expr, ob: &Expr) -> Expr {
-        (g * self.op.m.div_ceil(BLOCK_ROWS) + ob) * (self.s.np / 4 * 8)
+        let lead = g / (self.s.groups / self.s.leads);
+        (lead * self.op.m.div_ceil(BLOCK_ROWS) + ob) * (self.s.np / 4 * 8)
     }
 
     /// A register tile of `rows` rows against block `ob` of all weights: all columns, or so many units of which the last may be the

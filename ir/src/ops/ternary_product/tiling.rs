@@ -218,7 +218,7 @@ impl Tiling {
             moved: (parts.max(s.groups) * weights * s.nb) as u64,
             summed: (instances * self.rows * s.np / 32) as u64,
             passes: vec![pass],
-            outside: (weights / 4 * s.np * s.groups) as u64,
+            outside: (weights / 4 * s.np * s.leads) as u64,
             ahead: self.ahead > 0,
             instances: instances as u64,
         }

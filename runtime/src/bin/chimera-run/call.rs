@@ -3,9 +3,10 @@
 //! Invariant: the plan is compiled for the shapes of the inputs; names and shapes outside are those of the executable specification.
 
 use crate::estimators::{EstimatorName, Way};
-use crate::hyper::{Entries, HyperArgs, Mode};
+use crate::hyper::HyperArgs;
 use crate::model::{Model, Source};
 use crate::options::{Failure, ModelOptions, RunOptions};
+use crate::probes::{Entries, ModeName};
 use crate::weights::{self, WeightOptions};
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, Vocabulary};
@@ -56,7 +57,7 @@ struct Probes {
     sigma: Option<f64>,
     /// How probes reach ternary weights (mezo) [default: requantise]
     #[arg(long, env = "CHIMERA_MODE")]
-    mode: Option<Mode>,
+    mode: Option<ModeName>,
     /// Directions (mezo) [default: 1]
     #[arg(long, env = "CHIMERA_DIRECTIONS", value_parser = clap::value_parser!(u32).range(1..=4096))]
     directions: Option<u32>,

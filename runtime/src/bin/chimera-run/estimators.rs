@@ -3,7 +3,9 @@
 //! Invariant: every estimator has one row in [`ESTIMATORS`], in the order of [`EstimatorName`]; an option of [`OF_SOME`] that is not in
 //! the row of the chosen one is refused.
 
-use chimera_compiler::Scheme;
+use crate::hyper::Hyper;
+use crate::probes::OptimiserName;
+use chimera_compiler::{Descent, EntryKind, Scheme};
 use chimera_ir::ops::{DescentRule, Idle};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,8 @@ pub struct EstimatorRow {
     pub name: EstimatorName,
     /// Whether it goes along the gradient.
     pub gradients: bool,
+    /// What makes a step of its estimate without `--optimiser`; nothing where steps are its own.
+    pub optimiser: Option<OptimiserName>,
     /// Default of `--batch`.
     pub batch: u32,
     /// Default of `--lr`.
@@ -44,14 +48,26 @@ pub struct EstimatorRow {
 }
 
 /// Options that only some estimators have.
-pub const OF_SOME: [&str; 17] = [
+pub const OF_SOME: [&str; 29] = [
+    "optimiser",
+    "momentum",
+    "second",
+    "vec_scale",
     "rank",
+    "group_size",
     "kappa",
     "sigma",
-    "vec_scale",
-    "momentum",
     "mode",
     "directions",
+    "one_sided",
+    "scaled",
+    "family",
+    "period",
+    "mask",
+    "sparsity",
+    "fisher",
+    "mask_refresh",
+    "unit",
     "distribution",
     "eps",
     "eps_rel",
@@ -69,26 +85,60 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     EstimatorRow {
         name: EstimatorName::PerseqLowrank,
         gradients: false,
+        optimiser: Some(OptimiserName::Normalised),
         batch: 16,
         lr: 0.01,
         warmup: 0,
         weight_decay: 0.0,
         beta2: 0.0,
-        options: &["rank", "kappa", "sigma", "vec_scale", "momentum"],
+        options: &[
+            "optimiser",
+            "momentum",
+            "second",
+            "vec_scale",
+            "weight_decay",
+            "rank",
+            "group_size",
+            "kappa",
+            "sigma",
+        ],
     },
     EstimatorRow {
         name: EstimatorName::Mezo,
         gradients: false,
+        optimiser: Some(OptimiserName::Sgd),
         batch: 16,
         lr: 1e-4,
         warmup: 0,
         weight_decay: 0.0,
         beta2: 0.0,
-        options: &["mode", "directions", "distribution", "eps", "eps_rel", "weight_decay"],
+        options: &[
+            "optimiser",
+            "momentum",
+            "second",
+            "vec_scale",
+            "weight_decay",
+            "rank",
+            "mode",
+            "directions",
+            "one_sided",
+            "scaled",
+            "family",
+            "period",
+            "mask",
+            "sparsity",
+            "fisher",
+            "mask_refresh",
+            "unit",
+            "distribution",
+            "eps",
+            "eps_rel",
+        ],
     },
     EstimatorRow {
         name: EstimatorName::Adamw,
         gradients: true,
+        optimiser: None,
         batch: 8,
         lr: 2e-3,
         warmup: 20,
@@ -99,6 +149,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     EstimatorRow {
         name: EstimatorName::Sgd,
         gradients: true,
+        optimiser: None,
         batch: 8,
         lr: 0.03,
         warmup: 20,
@@ -109,6 +160,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
     EstimatorRow {
         name: EstimatorName::Chimera21,
         gradients: true,
+        optimiser: None,
         batch: 8,
         lr: 2e-3,
         warmup: 20,
@@ -163,6 +215,50 @@ pub enum Way {
     Probe(Scheme),
     /// Along the gradient.
     Descend(DescentRule),
+}
+
+impl Hyper {
+    /// The entry points that make and apply an estimate; `balance` is the rate of the experts' selection biases.
+    pub fn entries(&self, balance: f64) -> [EntryKind; 2] {
+        match self.way() {
+            Way::Probe(scheme) => [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme, self.rule(balance))],
+            Way::Descend(rule) => {
+                let (weight_decay, clip) = (self.weight_decay as f32, self.clip as f32);
+                let descent = Descent { rule, weight_decay, clip, balance: balance as f32 };
+                [EntryKind::Backward { accumulate: self.accumulate > 1 }, EntryKind::Descend(descent)]
+            }
+        }
+    }
+
+    /// The entry point that chooses what is probed, where a choice lasts some steps.
+    pub fn choice(&self) -> Option<EntryKind> {
+        match self.way() {
+            Way::Probe(scheme) if scheme.mask().refresh().is_some() => Some(EntryKind::Mask(scheme)),
+            _ => None,
+        }
+    }
+
+    /// The estimator for the compiler.
+    pub fn way(&self) -> Way {
+        let (beta1, beta2, eps) = (self.beta1 as f32, self.beta2 as f32, self.adam_eps as f32);
+        match self.estimator {
+            EstimatorName::PerseqLowrank => Way::Probe(Scheme::PerSequence(self.per_sequence())),
+            EstimatorName::Mezo => Way::Probe(Scheme::Shared(self.shared())),
+            EstimatorName::Adamw => Way::Descend(DescentRule::AdamW { beta1, beta2, eps }),
+            EstimatorName::Sgd => Way::Descend(DescentRule::Momentum { mu: self.momentum as f32 }),
+            EstimatorName::Chimera21 => Way::Descend(DescentRule::Agreement {
+                beta1,
+                beta2,
+                eps,
+                rho: 0.95,
+                lambda: 0.1,
+                bounds: [0.5, 2.0],
+                idle: self.zero_gradient.idle(),
+                fade: 0.95,
+                gate: None,
+            }),
+        }
+    }
 }
 
 #[cfg(test)]

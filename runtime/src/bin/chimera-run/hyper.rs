@@ -2,36 +2,14 @@
 //!
 //! Invariant: a resumed run has the options of the checkpoint; an option that says otherwise is refused, never ignored.
 
-use crate::estimators::{ESTIMATORS, EstimatorName, OF_SOME, Way, ZeroGradient};
+use crate::estimators::{ESTIMATORS, EstimatorName, OF_SOME, ZeroGradient};
 use crate::options::Failure;
-use chimera_compiler::{Descent, EntryKind, Scheme, UpdateRule};
-use chimera_ir::ops::{DescentRule, Distribution};
+use crate::probes::{Entries, FamilyName, MaskName, ModeName, OptimiserName};
 use chimera_runtime::text::DataSpec;
 use chimera_runtime::train::Decay;
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::PathBuf;
-
-/// How shared directions reach ternary weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// Latents are perturbed and quantised again
-    Requantise,
-    /// Noise is added to the product
-    Additive,
-}
-
-/// Entries of shared directions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Entries {
-    /// Signs
-    Rademacher,
-    /// Normal values
-    Gaussian,
-}
 
 /// Options on the command line; absent ones take the default, or what the checkpoint says.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -57,28 +35,64 @@ pub struct HyperArgs {
     /// Estimator of the descent direction [default: perseq-lowrank]
     #[arg(long, env = "CHIMERA_ESTIMATOR")]
     pub estimator: Option<EstimatorName>,
-    /// Rank of the probes (perseq-lowrank) [default: 1]
+    /// What makes a step of an estimate [default: normalised perseq-lowrank, sgd mezo]
+    #[arg(long, env = "CHIMERA_OPTIMISER")]
+    pub optimiser: Option<OptimiserName>,
+    /// Decay of the running mean of squares (adam) [default: 0.999]
+    #[arg(long, env = "CHIMERA_SECOND", value_parser = share)]
+    pub second: Option<f64>,
+    /// Rank of the probes (perseq-lowrank, and mezo with --family lozo, subzero, tezo) [default: 1]
     #[arg(long, env = "CHIMERA_RANK", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub rank: Option<u32>,
+    /// Consecutive sequences of a batch that share a direction (perseq-lowrank) [default: 1]
+    #[arg(long, env = "CHIMERA_GROUP_SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub group_size: Option<u32>,
     /// Probe size on matrices relative to their mean magnitude (perseq-lowrank) [default: 0.1]
     #[arg(long, env = "CHIMERA_KAPPA", value_parser = positive)]
     pub kappa: Option<f64>,
     /// Probe size on vectors (perseq-lowrank) [default: 0.01]
     #[arg(long, env = "CHIMERA_SIGMA", value_parser = positive)]
     pub sigma: Option<f64>,
-    /// Decay of the running mean of estimates (perseq-lowrank) or of the sum of gradients (sgd) [default: 0.9]
+    /// Decay of the running mean of estimates (--optimiser momentum, normalised, adam) or of the sum of gradients (--estimator sgd) [default: 0.9]
     #[arg(long, env = "CHIMERA_MOMENTUM", value_parser = share)]
     pub momentum: Option<f64>,
-    /// Step scale of vectors (perseq-lowrank) [default: 0.02]
+    /// Step scale of vectors (normalised) [default: 0.02]
     #[arg(long, env = "CHIMERA_VEC_SCALE", value_parser = positive)]
     pub vec_scale: Option<f64>,
     /// How probes reach ternary weights (mezo) [default: requantise]
     #[arg(long, env = "CHIMERA_MODE")]
-    pub mode: Option<Mode>,
+    pub mode: Option<ModeName>,
     /// Directions of a step (mezo) [default: 1]
     #[arg(long, env = "CHIMERA_DIRECTIONS", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub directions: Option<u32>,
-    /// Entries of directions (mezo) [default: rademacher]
+    /// Try directions forward only and compare with the weights as they are (mezo)
+    #[arg(long, env = "CHIMERA_ONE_SIDED", num_args = 0..=1, default_missing_value = "true")]
+    pub one_sided: Option<bool>,
+    /// Divide steps by the spread of the losses, FZOO (mezo)
+    #[arg(long, env = "CHIMERA_SCALED", num_args = 0..=1, default_missing_value = "true")]
+    pub scaled: Option<bool>,
+    /// What directions of matrices are (mezo) [default: dense]
+    #[arg(long, env = "CHIMERA_FAMILY")]
+    pub family: Option<FamilyName>,
+    /// Steps that share factors (mezo with --family lozo, subzero) [default: 50]
+    #[arg(long, env = "CHIMERA_PERIOD", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub period: Option<u32>,
+    /// What is probed and trained (mezo) [default: dense]
+    #[arg(long, env = "CHIMERA_MASK")]
+    pub mask: Option<MaskName>,
+    /// Share of the entries that is probed (mezo with a --mask of a share) [default: 0.01]
+    #[arg(long, env = "CHIMERA_SPARSITY", value_parser = positive_share)]
+    pub sparsity: Option<f64>,
+    /// File of tensors named like the weights, such as mean squares of gradients (mezo with --mask fisher)
+    #[arg(long, env = "CHIMERA_FISHER", value_name = "FILE")]
+    pub fisher: Option<PathBuf>,
+    /// Steps that a choice of entries lasts (mezo with a --mask of a share) [default: 100]
+    #[arg(long, env = "CHIMERA_MASK_REFRESH", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub mask_refresh: Option<u32>,
+    /// Distance of neighbouring latents, a power of two (mezo with --mode integer) [default: 2^-10]
+    #[arg(long, env = "CHIMERA_UNIT", value_parser = power_of_two)]
+    pub unit: Option<f64>,
+    /// Entries of directions (mezo with --family dense) [default: rademacher]
     #[arg(long, env = "CHIMERA_DISTRIBUTION")]
     pub distribution: Option<Entries>,
     /// Probe size (mezo) [default: 1e-3]
@@ -87,7 +101,7 @@ pub struct HyperArgs {
     /// Probe size on ternary matrices relative to their mean magnitude, instead of --eps (mezo)
     #[arg(long, env = "CHIMERA_EPS_REL", value_parser = positive)]
     pub eps_rel: Option<f64>,
-    /// Weight decay of ternary matrices as a share of the learning rate (all but perseq-lowrank) [default: 0.1 adamw and chimera21, else 0]
+    /// Weight decay of ternary matrices as a share of the learning rate [default: 0.1 adamw and chimera21, else 0]
     #[arg(long, env = "CHIMERA_WEIGHT_DECAY", value_parser = share)]
     pub weight_decay: Option<f64>,
     /// Decay of the running mean of gradients (adamw, chimera21) [default: 0.9]
@@ -140,6 +154,21 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+fn positive_share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x > 0.0 && x <= 1.0 => Ok(x),
+        _ => Err("expected a number above 0 and at most 1".into()),
+    }
+}
+
+fn power_of_two(text: &str) -> Result<f64, String> {
+    let exponent = text.strip_prefix("2^").and_then(|e| e.parse::<i32>().ok()).map(|e| 2f64.powi(e));
+    match exponent.or_else(|| text.parse().ok()) {
+        Some(x) if (1e-30..=1e30).contains(&x) && x.log2().fract() == 0.0 => Ok(x),
+        _ => Err("expected a power of two such as 2^-10".into()),
+    }
+}
+
 /// Everything that decides the bits of a run, budgets, configuration and data contents apart.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hyper {
@@ -150,13 +179,27 @@ pub struct Hyper {
     pub lr_floor: f64,
     pub warmup: u64,
     pub estimator: EstimatorName,
+    pub optimiser: Option<OptimiserName>,
+    pub second: f64,
     pub rank: u32,
+    /// Sequences that share a direction.
+    pub group_size: u32,
     pub kappa: f64,
     pub sigma: f64,
     pub momentum: f64,
     pub vec_scale: f64,
-    pub mode: Mode,
+    pub mode: ModeName,
     pub directions: u32,
+    pub one_sided: bool,
+    pub scaled: bool,
+    pub family: FamilyName,
+    pub period: u32,
+    pub mask: MaskName,
+    pub sparsity: f64,
+    /// Scores of entries.
+    pub fisher: Option<PathBuf>,
+    pub mask_refresh: u32,
+    pub unit: f64,
     pub distribution: Entries,
     pub eps: f64,
     pub eps_rel: Option<f64>,
@@ -198,13 +241,25 @@ impl HyperArgs {
             lr_floor: self.lr_floor.unwrap_or(0.1),
             warmup: self.warmup.unwrap_or(row.warmup),
             estimator,
+            optimiser: self.optimiser,
+            second: self.second.unwrap_or(0.999),
             rank: self.rank.unwrap_or(1),
+            group_size: self.group_size.unwrap_or(1),
             kappa: self.kappa.unwrap_or(0.1),
             sigma: self.sigma.unwrap_or(0.01),
             momentum: self.momentum.unwrap_or(0.9),
             vec_scale: self.vec_scale.unwrap_or(0.02),
-            mode: self.mode.unwrap_or(Mode::Requantise),
+            mode: self.mode.unwrap_or(ModeName::Requantise),
             directions: self.directions.unwrap_or(1),
+            one_sided: self.one_sided.unwrap_or(false),
+            scaled: self.scaled.unwrap_or(false),
+            family: self.family.unwrap_or(FamilyName::Dense),
+            period: self.period.unwrap_or(50),
+            mask: self.mask.unwrap_or(MaskName::Dense),
+            sparsity: self.sparsity.unwrap_or(0.01),
+            fisher: self.fisher.clone(),
+            mask_refresh: self.mask_refresh.unwrap_or(100),
+            unit: self.unit.unwrap_or(1.0 / 1024.0),
             distribution: self.distribution.unwrap_or(Entries::Rademacher),
             eps: self.eps.unwrap_or(1e-3),
             eps_rel: self.eps_rel,
@@ -228,7 +283,7 @@ impl HyperArgs {
     }
 
     /// What was given, by flag, as it would stand in [`Hyper`].
-    fn given(&self) -> Vec<(&'static str, serde_json::Value)> {
+    pub(crate) fn given(&self) -> Vec<(&'static str, serde_json::Value)> {
         let mut out = vec![];
         macro_rules! put {
             ($($field:ident),*) => {
@@ -238,6 +293,20 @@ impl HyperArgs {
             };
         }
         put!(seq_len, batch, lr, lr_floor, warmup, estimator, rank, kappa, sigma, momentum, vec_scale, mode);
+        put!(
+            group_size,
+            optimiser,
+            second,
+            one_sided,
+            scaled,
+            family,
+            period,
+            mask,
+            sparsity,
+            fisher,
+            mask_refresh,
+            unit
+        );
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
         put!(beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
@@ -255,7 +324,7 @@ impl HyperArgs {
         let Some(key) = self.given().into_iter().map(|(key, _)| key).find(foreign) else {
             let (batch, parts) = (hyper.batch, hyper.accumulate);
             return match batch % parts {
-                0 => Ok(hyper),
+                0 => self.meaningful(&hyper).map(|()| hyper),
                 _ => Err(Failure::usage(format!(
                     "--accumulate is {parts}, which does not divide the batch of {batch} rows; choose another --batch"
                 ))),
@@ -339,57 +408,6 @@ impl Hyper {
             }
         }
         Ok(Some(out))
-    }
-
-    /// The entry points that make and apply an estimate; `balance` is the rate of the experts' selection biases.
-    pub fn entries(&self, balance: f64) -> [EntryKind; 2] {
-        let (balance, weight_decay) = (balance as f32, self.weight_decay as f32);
-        match self.way() {
-            Way::Probe(scheme) => {
-                let (momentum, vec_scale) = (self.momentum as f32, self.vec_scale as f32);
-                let rule = UpdateRule { momentum, vec_scale, weight_decay, balance };
-                [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme, rule)]
-            }
-            Way::Descend(rule) => {
-                let descent = Descent { rule, weight_decay, clip: self.clip as f32, balance };
-                [EntryKind::Backward { accumulate: self.accumulate > 1 }, EntryKind::Descend(descent)]
-            }
-        }
-    }
-
-    /// The estimator for the compiler.
-    pub fn way(&self) -> Way {
-        let (beta1, beta2, eps) = (self.beta1 as f32, self.beta2 as f32, self.adam_eps as f32);
-        match self.estimator {
-            EstimatorName::PerseqLowrank => Way::Probe(Scheme::PerSequence {
-                rank: self.rank as usize,
-                kappa: self.kappa as f32,
-                sigma_vec: self.sigma as f32,
-            }),
-            EstimatorName::Mezo => Way::Probe(Scheme::Mezo {
-                requantise: self.mode == Mode::Requantise,
-                directions: self.directions as usize,
-                dist: match self.distribution {
-                    Entries::Rademacher => Distribution::Rademacher,
-                    Entries::Gaussian => Distribution::Gaussian,
-                },
-                eps: self.eps as f32,
-                eps_rel: self.eps_rel.map(|x| x as f32),
-            }),
-            EstimatorName::Adamw => Way::Descend(DescentRule::AdamW { beta1, beta2, eps }),
-            EstimatorName::Sgd => Way::Descend(DescentRule::Momentum { mu: self.momentum as f32 }),
-            EstimatorName::Chimera21 => Way::Descend(DescentRule::Agreement {
-                beta1,
-                beta2,
-                eps,
-                rho: 0.95,
-                lambda: 0.1,
-                bounds: [0.5, 2.0],
-                idle: self.zero_gradient.idle(),
-                fade: 0.95,
-                gate: None,
-            }),
-        }
     }
 }
 

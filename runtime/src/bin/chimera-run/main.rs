@@ -13,6 +13,7 @@ mod hyper;
 mod model;
 mod options;
 mod pack;
+mod probes;
 mod quickstart;
 mod replay;
 mod report;

@@ -9,6 +9,7 @@ use crate::model::compile_entries;
 use crate::options::{Failure, RunOptions as ExecArgs};
 use crate::session::{Interrupt, depths, training_plan};
 use crate::watch::{Records, Reporter};
+use crate::weights;
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_frontends::config::{self, ModelConfig, Overrides, Scale};
 use chimera_runtime::exec::Executable;
@@ -137,6 +138,9 @@ impl Start {
         let (batches, validation) = data(vocab, hyper)?;
         let mut exec = Executable::new(training_plan(&model, hyper, vec![], &args.exec)?, &args.exec.exec())?;
         init::initialise(&mut exec, hyper.seed)?;
+        if let Some(path) = &hyper.fisher {
+            weights::read_scores(path, &mut exec)?;
+        }
         let trainer = Trainer::new(exec, hyper.seed)?.with_depths(depths(&model)).in_parts(hyper.accumulate as usize);
         let rows = (VALIDATION_TOKENS / hyper.seq_len as usize).max(1);
         Ok(Start { model, batches, validation, trainer, rows })

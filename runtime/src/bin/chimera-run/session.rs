@@ -76,7 +76,10 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let balance = config.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate);
     let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth: None };
     let [first, update] = hyper.entries(balance);
-    vec![spec(first, rows / hyper.accumulate as usize), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)]
+    let rows_at_once = rows / hyper.accumulate as usize;
+    let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)];
+    entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
+    entries
 }
 
 /// How the loop depths of training are drawn, if the configuration asks for that.

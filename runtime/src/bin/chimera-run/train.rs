@@ -138,6 +138,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
             None
         }
     };
+    if let (None, Some(path)) = (&saved, &hyper.fisher) {
+        weights::read_scores(path, trainer.exec_mut())?;
+    }
     if let Some((file, unused)) = loaded {
         weights::report_unused(file, &model.config, &unused).iter().for_each(|line| reporter.say(line));
     }
@@ -459,12 +462,14 @@ fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
     let (exec, plan) = (trainer.exec(), trainer.exec().plan());
     let entries: Vec<Value> = plan.entries.iter().map(|e| json!([e.name, e.steps.len()])).collect();
     let weights: usize = plan.weights.iter().map(|w| w.ty.bytes()).sum();
+    let shared = plan.entry("dual_loss").filter(|e| e.shared.1 > 0).map(|e| e.shared.0 as f64 / e.shared.1 as f64);
     json!({
         "plan": {
             "vocabulary": format!("{} ({})", vocab.name(), vocab.size()),
             "batch": hyper.batch,
             "tokens of a row": hyper.seq_len,
             "forward tokens a step": trainer.forward_tokens(),
+            "share of work that all probes have in common": shared,
             "threads": exec.threads(),
             "tensors": plan.weights.len(),
             "bytes of weights and optimizer memory": weights,

@@ -4,12 +4,14 @@
 
 use crate::model::{Model, Source};
 use crate::options::Failure;
+use chimera_compiler::FISHER;
 use chimera_frontends::config::{ModelConfig, ParamKind, WeightScale, expert_stack, parameters};
 use chimera_runtime::exec::Executable;
+use chimera_runtime::train::TrainError;
 use chimera_runtime::train::weights::WeightFile;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The most names that stderr lists; JSON has them all.
 const LISTED: usize = 16;
@@ -153,4 +155,18 @@ pub fn report_unused(file: &WeightFile, config: &ModelConfig, unused: &[String])
     let known = line(&known, "of the model are not read here").map(|l| format!("note: {l}"));
     let unknown = line(&unknown, "are no weights of this model and have no effect").map(|l| format!("warning: {l}"));
     known.into_iter().chain(unknown).collect()
+}
+
+/// Sets the scores by which a mask chooses, from a file that has one tensor for each weight by its name.
+///
+/// # Errors
+/// A file that cannot be read, or that lacks one of them.
+pub fn read_scores(path: &Path, exec: &mut Executable) -> Result<(), Failure> {
+    let file = WeightFile::open(path)?;
+    for weight in exec.plan().weights.clone() {
+        let Some(name) = weight.name.strip_prefix(FISHER) else { continue };
+        let (dims, values) = file.floats(name)?;
+        exec.set_weight(&weight.name, &dims, &values).map_err(TrainError::from)?;
+    }
+    Ok(())
 }
