@@ -92,7 +92,7 @@ fn journal_bytes(folder: &Path) -> u64 {
 fn kills_at_random_moments_change_nothing() {
     let place = Place::new();
     let kills: u64 = std::env::var("CHIMERA_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
-    let steps = (12 * kills).to_string();
+    let steps = (150 * kills).to_string();
     let run = place.path("run");
     let words = |threads| [&["train"], &SMALL[..], &["--threads", threads, "--resume", "auto", "--quiet"]].concat();
     let further = ["--out", "run", "--steps", &steps, "--save-every", "7", "--keep", "1"];
@@ -126,7 +126,7 @@ fn kills_at_random_moments_change_nothing() {
     assert!(killed >= kills / 2 && lost == 0, "{killed} of {kills} were killed");
     place.ok(&[&words("2")[..], &further].concat());
     place.train(&["--out", "whole", "--steps", &steps]);
-    let last = format!("step-{:08}.b158", 12 * kills);
+    let last = format!("step-{:08}.b158", 150 * kills);
     assert!(place.tensors(&format!("run/{last}")) == place.tensors(&format!("whole/{last}")), "bits of the whole run");
     let (stdout, _) = place.ok(&["verify-run", "run", "whole", "--threads", "1"]);
     assert!(stdout.starts_with(&format!("equal: {steps} steps")), "{stdout}");
