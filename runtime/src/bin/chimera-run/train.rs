@@ -460,7 +460,7 @@ fn introduction(
 /// What the report of a run says of its plan.
 fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
     let (exec, plan) = (trainer.exec(), trainer.exec().plan());
-    let entries: Vec<Value> = plan.entries.iter().map(|e| json!([e.name, e.steps.len()])).collect();
+    let entries: Vec<String> = plan.entries.iter().map(|e| format!("{} {}", e.name, e.steps.len())).collect();
     let weights: usize = plan.weights.iter().map(|w| w.ty.bytes()).sum();
     let shared = plan.entry("dual_loss").filter(|e| e.shared.1 > 0).map(|e| e.shared.0 as f64 / e.shared.1 as f64);
     json!({
@@ -475,7 +475,7 @@ fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
             "bytes of weights and optimizer memory": weights,
             "bytes allocated": exec.bytes(),
             "kernels": plan.kernels.len(),
-            "entry points and their steps": entries,
+            "entry points and their steps": entries.join(", "),
         },
         "options": hyper,
     })

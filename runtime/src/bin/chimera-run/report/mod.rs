@@ -207,7 +207,7 @@ fn plan(out: &mut String, events: &[Value]) {
     for (title, key) in [("Plan", "plan"), ("Options", "options")] {
         let Some(Value::Object(rows)) = start.get(key) else { continue };
         let _ = writeln!(out, "<h2>{title}</h2>\n<table>");
-        for (name, value) in rows {
+        for (name, value) in rows.iter().filter(|(_, value)| !value.is_null()) {
             let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             let _ = writeln!(out, "<tr><th>{}</th><td>{}</td></tr>", escape(name), escape(&value));
         }
