@@ -27,7 +27,7 @@ const INSTANCES: [usize; 3] = [4, 2, 16];
 /// Weight blocks of an instance share the sums of its rows.
 const BLOCKS: usize = 16;
 /// How far ahead packed codes are asked for, in bytes.
-const AHEAD: [usize; 4] = [4096, 0, 2048, 8192];
+const AHEAD: [usize; 4] = [8192, 0, 2048, 4096];
 
 /// How the rows and columns of one instance are worked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
