@@ -12,8 +12,8 @@ use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, PerSequence, Sche
 use chimera_frontends::config::{Overrides, Scale, preset};
 use chimera_ir::DType;
 use chimera_ir::ops::DescentRule;
-use chimera_ir::plan::{Plan, Step, WeightKind};
-use chimera_runtime::exec::{ExecOptions, Executable};
+use chimera_ir::plan::{Plan, WeightKind};
+use chimera_runtime::exec::{ExecOptions, Executable, Work};
 use chimera_runtime::text::Batch;
 use chimera_runtime::train::{Trainer, init};
 use clap::ValueEnum;
@@ -228,22 +228,15 @@ pub fn alone(scale: Scale, single: Single, setup: &Setup, progress: &mut dyn FnM
     Ok(exe)
 }
 
-/// Ternary multiply-accumulates and float operations of one run of an entry point, loop iterations counted.
+/// Ternary multiply-accumulates and float operations of one run of an entry point: of the steps that were executed, as often as they
+/// were.
 fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
-    let mut runs = vec![];
-    for time in exe.run_traced(entry)? {
-        runs.resize(runs.len().max(time.step + 1), 0u64);
-        runs[time.step] += 1;
-    }
-    let e = exe.plan().entry(entry).context("the entry point ran")?;
-    let mut total = [0.0; 2];
-    for (g, group) in e.groups.iter().enumerate() {
-        let mine = |step: &Step| matches!(step, Step::Run { group, .. } if *group as usize == g);
-        let times = e.steps.iter().zip(&runs).filter(|(s, _)| mine(s)).map(|(_, n)| *n).max().unwrap_or(0) as f64;
-        total[0] += times * group.ternary as f64;
-        total[1] += times * group.flops as f64;
-    }
-    Ok(total)
+    exe.prepare()?;
+    exe.start_trace(0);
+    exe.run(entry)?;
+    let trace = exe.end_trace().context("a trace was started")?;
+    let all = trace.roofline(exe.plan()).kernels.iter().fold(Work::default(), |sum, k| sum + k.work);
+    Ok([all.ternary, all.flops])
 }
 
 /// What runs entry points: a trainer where the plan can train.
