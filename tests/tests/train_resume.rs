@@ -19,7 +19,7 @@ use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::metrics::Log;
 use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
-    Budget, Decay, Event, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
+    Budget, Decay, Event, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
 };
 
 const ROWS: usize = 2;
@@ -80,7 +80,7 @@ fn options(folder: &Path) -> RunOptions {
     RunOptions {
         budget: Budget { steps: Some(STEPS), seconds: None },
         schedule: Schedule { peak: 0.02, warmup: 2, decay: Decay::Cosine, floor: 0.1 },
-        validate_every: 2,
+        measure: Measure::Every(2),
         validation_rows: 3,
         save_every: 2,
         keep: 1,

@@ -16,6 +16,7 @@ use crate::generate::{Generator, Settings};
 use crate::text::{Batch, Batches, LossTally, StreamDecoder, TokenStream, Vocab};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 /// Where no number of steps is given, checkpoints are so far apart.
@@ -65,6 +66,45 @@ impl Budget {
     }
 }
 
+/// When a run measures on held-out data. One that ever does, measures at the beginning and the end too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// Never.
+    Never,
+    /// Behind every so many steps; at least 1.
+    Every(u64),
+    /// So much time behind the last measurement, and not before nine times what that one took has passed.
+    Apart(Duration),
+}
+
+impl Measure {
+    /// Whether it is time to measure behind `step`; the last measurement ended `ago` and took `took`.
+    fn is_due(self, step: u64, ago: Duration, took: Duration) -> bool {
+        match self {
+            Measure::Never => false,
+            Measure::Every(steps) => step.is_multiple_of(steps),
+            Measure::Apart(time) => ago >= time.max(took.saturating_mul(9)),
+        }
+    }
+}
+
+/// `100` for steps, `30s` or `0.5s` for time, 0 for never.
+impl FromStr for Measure {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Measure, String> {
+        let expected = || format!("found {text:?}, expected a number of steps such as 100, or a time such as 30s");
+        if let Some(seconds) = text.strip_suffix('s') {
+            let seconds = seconds.parse().ok().filter(|&s: &f64| s > 0.0).ok_or_else(expected)?;
+            return Duration::try_from_secs_f64(seconds).map(Measure::Apart).map_err(|_| expected());
+        }
+        match text.parse().map_err(|_| expected())? {
+            0 => Ok(Measure::Never),
+            steps => Ok(Measure::Every(steps)),
+        }
+    }
+}
+
 /// What a run does besides steps.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -72,8 +112,8 @@ pub struct RunOptions {
     pub budget: Budget,
     /// Learning rate.
     pub schedule: Schedule,
-    /// Measure every so many steps, and at the beginning and the end; 0 never measures.
-    pub validate_every: u64,
+    /// When it measures.
+    pub measure: Measure,
     /// Most rows to measure on.
     pub validation_rows: usize,
     /// Write a checkpoint every so many steps; 0 writes one every ten minutes. One is written at the end.
@@ -164,8 +204,9 @@ struct Loop<'h> {
     saved_at: Instant,
     /// Steps behind which there is a checkpoint of this run.
     saved: Option<u64>,
-    /// Latest measurement.
+    /// Latest measurement, its end, and how long it took.
     validation: Option<Validation>,
+    measured: (Instant, Duration),
     memory: MemoryWatch,
     hear: &'h mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
 }
@@ -185,7 +226,15 @@ impl Run<'_> {
         let bytes = self.trainer.exec().bytes();
         let memory = MemoryWatch::new(resident_bytes().unwrap_or(u64::MAX - bytes), bytes);
         let now = Instant::now();
-        let mut on = Loop { clock: now, saved_at: now, saved: None, validation: None, memory, hear };
+        let mut on = Loop {
+            clock: now,
+            saved_at: now,
+            saved: None,
+            validation: None,
+            measured: (now, Duration::ZERO),
+            memory,
+            hear,
+        };
         if let Some(folder) = options.folder.as_deref() {
             let steps = checkpoint::steps(folder)?;
             on.saved = Some(self.progress.step).filter(|step| steps.contains(step));
@@ -194,8 +243,8 @@ impl Run<'_> {
                 self.save(options, &mut on)?;
             }
         }
-        if options.validate_every > 0 && !options.budget.is_spent(&self.progress) {
-            on.validation = self.validate(options)?;
+        if options.measure != Measure::Never && !options.budget.is_spent(&self.progress) {
+            self.measure(options, &mut on)?;
             if let Some(v) = on.validation {
                 (on.hear)(Event::Start(v))?;
             }
@@ -264,9 +313,11 @@ impl Run<'_> {
         on: &mut Loop<'_>,
     ) -> Result<(), TrainError> {
         let (step, last) = (self.progress.step, options.budget.is_spent(&self.progress));
-        let validated = options.validate_every > 0 && (last || step.is_multiple_of(options.validate_every));
+        let (ended, took) = on.measured;
+        let due = options.measure.is_due(step, ended.elapsed(), took);
+        let validated = due || (last && options.measure != Measure::Never);
         if validated {
-            on.validation = self.validate(options)?;
+            self.measure(options, on)?;
         }
         let mut tally = LossTally::default();
         tally.add(probed.loss, batch, self.vocab);
@@ -355,6 +406,14 @@ impl Run<'_> {
         Err(given_up)
     }
 
+    /// Keeps the loss on the held-out data.
+    fn measure(&mut self, options: &RunOptions, on: &mut Loop<'_>) -> Result<(), TrainError> {
+        let began = Instant::now();
+        on.validation = self.validate(options)?;
+        on.measured = (Instant::now(), began.elapsed());
+        Ok(())
+    }
+
     /// Loss on the held-out data; `None` when there is none.
     ///
     /// # Errors
@@ -406,5 +465,21 @@ mod tests {
         assert!(both.is_spent(&at(100, 0.0)) && both.is_spent(&at(0, 10.0)));
         let none = Budget { steps: None, seconds: None };
         assert!(!none.is_spent(&at(u64::MAX, 1e9)));
+    }
+
+    #[test]
+    fn measurements_come_by_steps_or_by_time() {
+        let s = Duration::from_secs;
+        assert_eq!("0".parse(), Ok(Measure::Never));
+        assert_eq!("100".parse(), Ok(Measure::Every(100)));
+        assert_eq!("0.5s".parse(), Ok(Measure::Apart(Duration::from_millis(500))));
+        for text in ["", "s", "0s", "-1s", "nans", "infs", "-1", "1.5", "1e300s"] {
+            assert!(text.parse::<Measure>().is_err_and(|e| e.contains("30s")), "{text}");
+        }
+        assert!(Measure::Every(4).is_due(8, s(0), s(0)) && !Measure::Every(4).is_due(9, s(99), s(0)));
+        let apart = Measure::Apart(s(10));
+        assert!(apart.is_due(1, s(10), s(1)) && !apart.is_due(1, s(9), s(0)));
+        assert!(!apart.is_due(1, s(17), s(2)) && apart.is_due(1, s(18), s(2)), "a tenth of the time at most");
+        assert!(!Measure::Never.is_due(0, s(99), s(0)));
     }
 }

@@ -18,7 +18,7 @@ pub mod tensorboard;
 mod watch;
 pub mod weights;
 
-pub use driver::{Budget, Event, Outcome, Progress, Run, RunOptions, Writing};
+pub use driver::{Budget, Event, Measure, Outcome, Progress, Run, RunOptions, Writing};
 pub use schedule::{Decay, Schedule};
 pub use step::{Depths, Probed, Trainer};
 

@@ -133,7 +133,7 @@ pub struct HyperArgs {
     pub val_fraction: Option<f64>,
 }
 
-fn positive(text: &str) -> Result<f64, String> {
+pub fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
         _ => Err("expected a number above 0".into()),
@@ -313,6 +313,22 @@ impl HyperArgs {
         out
     }
 
+    /// These options for `estimator`, without those that it does not have.
+    pub fn of(&self, estimator: EstimatorName) -> HyperArgs {
+        let mut out = HyperArgs { estimator: Some(estimator), ..self.clone() };
+        macro_rules! keep {
+            ($($field:ident)*) => {
+                $(if !estimator.row().options.contains(&stringify!($field)) {
+                    out.$field = None;
+                })*
+            };
+        }
+        keep!(optimiser momentum second vec_scale rank group_size kappa sigma mode directions one_sided scaled);
+        keep!(family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
+        keep!(weight_decay beta1 beta2 adam_eps clip accumulate zero_gradient);
+        out
+    }
+
     /// [`HyperArgs::fresh`], where every option that was given has a meaning.
     ///
     /// # Errors
@@ -425,6 +441,7 @@ fn matches(pattern: &str, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
 
     #[test]
     fn a_resumed_run_keeps_its_options() {
@@ -441,6 +458,26 @@ mod tests {
             assert!(failure.code == 2 && failure.message.contains(flag), "{}", failure.message);
         }
         assert_eq!(HyperArgs::default().resumed("{}").expect_err("no options").code, 5);
+    }
+
+    #[test]
+    fn estimators_take_the_options_that_they_have() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            hyper: HyperArgs,
+        }
+        for key in OF_SOME {
+            let flag = format!("--{}", key.replace('_', "-"));
+            let parse = |value: &str| Line::try_parse_from(["line", "--lr", "1", &format!("{flag}={value}")]).ok();
+            let values = ["0.5", "1", "true", "adam", "scales", "lozo", "random", "gaussian", "freeze"];
+            let line = values.into_iter().find_map(parse).unwrap_or_else(|| panic!("{flag} takes none of {values:?}"));
+            for row in &ESTIMATORS {
+                let given: Vec<&str> = line.hyper.of(row.name).given().into_iter().map(|(key, _)| key).collect();
+                assert!(given.contains(&"lr") && given.contains(&"estimator"));
+                assert_eq!(given.contains(&key), row.options.contains(&key), "{key} for {}", row.name.text());
+            }
+        }
     }
 
     #[test]

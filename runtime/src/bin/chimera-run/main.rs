@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "modules of a binary")]
 
 mod call;
+mod compare;
 mod data;
 mod estimators;
 mod generate;
@@ -44,6 +45,8 @@ struct Cli {
 enum Command {
     /// Train a model on text files
     Train(Box<train::Args>),
+    /// Train one fresh model by each of several estimators, and show loss against time, data and memory
+    Compare(Box<compare::Args>),
     /// Write the weights of any step of a run, from its checkpoints and its journal
     Replay(replay::ReplayArgs),
     /// Compare two runs bit for bit
@@ -68,7 +71,8 @@ fn run(command: Command) -> Result<(), Failure> {
     #[cfg(unix)]
     session::survive_large_files()?;
     match command {
-        Command::Train(args) => train::run(*args),
+        Command::Train(args) => train::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Replay(args) => replay::replay(&args),
         Command::VerifyRun(args) => replay::verify(&args),
         Command::Report(args) => report::run(&args),

@@ -21,7 +21,7 @@ use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{
-    Budget, Decay, Event, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
+    Budget, Decay, Event, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
 };
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -30,8 +30,8 @@ use std::path::{Path, PathBuf};
 
 /// The name of the folder where nobody asks for another.
 const DEFAULT_OUT: &str = "chimera-quickstart";
-/// Steps between measurements.
-const VALIDATE_EVERY: u64 = 250;
+/// When the run measures.
+const MEASURE: Measure = Measure::Every(250);
 /// Tokens of held-out text in a measurement.
 const VALIDATION_TOKENS: usize = 8192;
 /// Nats by which the loss may rise before the run goes back.
@@ -252,7 +252,7 @@ fn run_options(hyper: &Hyper, validation_rows: usize, folder: Option<PathBuf>) -
     RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
         schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
-        validate_every: if folder.is_some() { VALIDATE_EVERY } else { 0 },
+        measure: if folder.is_some() { MEASURE } else { Measure::Never },
         validation_rows,
         save_every: 0,
         keep: 1,

@@ -18,7 +18,7 @@ use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
-    Budget, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, Writing, init,
+    Budget, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, Writing, init,
 };
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -52,9 +52,9 @@ pub struct Args {
     pub seconds: Option<u64>,
     #[command(flatten)]
     pub hyper: HyperArgs,
-    /// Measure on held-out data every so many steps; 0 never does
-    #[arg(long, default_value_t = 100, env = "CHIMERA_VAL_EVERY")]
-    pub val_every: u64,
+    /// Measure on held-out data every so many steps, or seconds with an s (30s), a tenth of the time at most; 0 never does
+    #[arg(long, default_value = "100", env = "CHIMERA_VAL_EVERY", value_name = "STEPS|SECONDSs")]
+    pub val_every: Measure,
     /// Most held-out tokens to measure on
     #[arg(long, default_value_t = 32768, env = "CHIMERA_VAL_TOKENS", value_name = "N")]
     pub val_tokens: u64,
@@ -89,24 +89,35 @@ const DEFAULT_OUT: &str = "chimera-run";
 ///
 /// # Errors
 /// See the exit codes of [`Failure`].
-pub fn run(args: Args) -> Result<(), Failure> {
-    let interrupt = Interrupt::register()?;
-    let (saved, folder) = resumed(&args)?;
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let (_, path) = train(args, &Interrupt::register()?)?;
+    if !args.json {
+        writeln!(std::io::stdout().lock(), "{}", path.display())?;
+    }
+    Ok(())
+}
+
+/// Trains until the end or the first interrupt, and says which it was and what the last checkpoint is.
+///
+/// # Errors
+/// See the exit codes of [`Failure`].
+pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), Failure> {
+    let (saved, folder) = resumed(args)?;
     let mut hyper = match &saved {
         Some(standing) => args.hyper.resumed(&standing.meta.options)?,
         None => args.hyper.checked()?,
     };
-    set_budget(&mut hyper, &args, saved.is_some());
+    set_budget(&mut hyper, args, saved.is_some());
     args.data.overlay(&mut hyper);
     let model_options = match &saved {
         Some(standing) if args.model.path().is_none() => model_of(standing, &hyper, &args.model),
         _ => args.model.clone(),
     };
     let reporter = Reporter::new(None, args.json, args.quiet);
-    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, &args, saved.as_ref().map(|s| &s.meta))?;
+    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, args, saved.as_ref().map(|s| &s.meta))?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
     refuse_packed(&model)?;
-    let plan = plan_of(&model, &mut hyper, &args)?;
+    let plan = plan_of(&model, &mut hyper, args)?;
     let fingerprint = fingerprint(&tokens);
     let Split { train, validation } = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
     let batches = Batches::mixed(train, hyper.seq_len as usize, hyper.seed)?;
@@ -153,7 +164,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
         lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
     }
-    let options = run_options(&args, &hyper, folder, writing)?;
+    let options = run_options(args, &hyper, folder, writing)?;
     let mut run = Run {
         trainer: &mut trainer,
         batches: &batches,
@@ -171,7 +182,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         // A full disk takes no more lines; what ended the run is said in any case.
         drop(reporter.note("failure", progress.step, "the run ended by an error", json!({ "error": e.to_string() })));
     }
-    conclude(&args, &options, outcome?, &progress, &mut reporter)
+    conclude(&options, outcome?, &progress, &mut reporter)
 }
 
 /// The state to go on with, if any, and the folder of the run.
@@ -221,7 +232,10 @@ fn resumed(args: &Args) -> Result<(Option<Standing>, PathBuf), Failure> {
 }
 
 /// A folder with a run is not begun again.
-fn refuse_run(folder: &Path, cure: &str) -> Result<(), Failure> {
+///
+/// # Errors
+/// A run in the folder, or a folder that cannot be listed.
+pub fn refuse_run(folder: &Path, cure: &str) -> Result<(), Failure> {
     match checkpoint::latest(folder)? {
         Some(newest) => Err(Failure::usage(format!("{}: there is a run already; {cure}", newest.display()))),
         None => Ok(()),
@@ -486,7 +500,7 @@ fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf, writing: Option<Writ
     Ok(RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
         schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
-        validate_every: args.val_every,
+        measure: args.val_every,
         validation_rows: usize::try_from(args.val_tokens / u64::from(hyper.seq_len)).unwrap_or(usize::MAX).max(1),
         save_every: args.save_every,
         keep: usize::from(args.keep),
@@ -496,14 +510,13 @@ fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf, writing: Option<Writ
     })
 }
 
-/// The result on stdout, the rest on stderr.
+/// How the run ended, and its last checkpoint.
 fn conclude(
-    args: &Args,
     options: &RunOptions,
     outcome: Outcome,
     progress: &Progress,
     reporter: &mut Reporter,
-) -> Result<(), Failure> {
+) -> Result<(Outcome, PathBuf), Failure> {
     let folder = options.folder.as_deref().unwrap_or(Path::new("."));
     let path = checkpoint::path_of(folder, progress.step);
     let (step, time) = (progress.step, time(progress.seconds));
@@ -518,8 +531,5 @@ fn conclude(
         ),
     };
     reporter.note(kind, step, &line, Value::Null)?;
-    if !args.json {
-        writeln!(std::io::stdout().lock(), "{}", path.display())?;
-    }
-    Ok(())
+    Ok((outcome, path))
 }

@@ -15,9 +15,9 @@ const COLUMNS: usize = 400;
 
 /// One line of a chart.
 #[derive(Clone, Debug)]
-pub struct Series {
+pub struct Series<'a> {
     /// Its name in the legend.
-    pub name: &'static str,
+    pub name: &'a str,
     /// Points, ascending by the first number.
     pub points: Vec<[f64; 2]>,
     /// Single points are shown, not the mean and the range of many.
@@ -49,7 +49,7 @@ pub struct Labels {
 }
 
 /// A chart, or a sentence where there is nothing to draw.
-pub fn chart(labels: Labels, series: &[Series], marks: &[Mark]) -> String {
+pub fn chart(labels: Labels, series: &[Series<'_>], marks: &[Mark]) -> String {
     let finite = |p: &&[f64; 2]| p[0].is_finite() && p[1].is_finite();
     let all: Vec<[f64; 2]> = series.iter().flat_map(|s| s.points.iter().filter(finite)).copied().collect();
     let title = escape(labels.title);
@@ -254,7 +254,7 @@ mod tests {
 
     const LABELS: Labels = Labels { title: "a < b", x: "s", y: "bits", from_zero: false };
 
-    fn series(points: Vec<[f64; 2]>) -> Series {
+    fn series(points: Vec<[f64; 2]>) -> Series<'static> {
         Series { name: "loss", points, sparse: false }
     }
 

@@ -3,6 +3,7 @@
 //! Invariant: the page needs nothing outside of itself, and the run may go on while it is made.
 
 mod chart;
+pub mod comparison;
 
 use crate::options::Failure;
 use chart::{Labels, Mark, Series, chart, escape};
@@ -69,17 +70,32 @@ fn seconds(line: &Value) -> f64 {
 
 fn page(run: &Path, steps: &[Value], events: &[Value]) -> String {
     let name = run.file_name().map_or_else(|| run.display().to_string(), |n| n.to_string_lossy().into_owned());
+    document(&name, |out| {
+        headline(out, steps, events);
+        charts(out, steps, events);
+        texts(out, events);
+        happenings(out, events);
+        plan(out, events);
+    })
+}
+
+/// A page with a heading and what `body` writes.
+fn document(heading: &str, body: impl FnOnce(&mut String)) -> String {
     let mut out = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><meta name=\"viewport\" content=\"width=device-width\"/><title>{name}</title><style>{STYLE}</style></head><body>\n<h1>{name}</h1>\n",
-        name = escape(&name)
+        name = escape(heading)
     );
-    headline(&mut out, steps, events);
-    charts(&mut out, steps, events);
-    texts(&mut out, events);
-    happenings(&mut out, events);
-    plan(&mut out, events);
+    body(&mut out);
     out.push_str("</body></html>\n");
     out
+}
+
+/// The keys of the training loss and of the held-out loss in these steps, and their unit.
+fn loss_keys(steps: &[Value]) -> (&'static str, &'static str, &'static str) {
+    match steps.iter().any(|l| number(l, "bits_per_byte").is_some()) {
+        true => ("bits_per_byte", "val_bits_per_byte", "bits/byte"),
+        false => ("loss", "val", "nats/token"),
+    }
 }
 
 /// The figures that matter, in a row.
@@ -129,11 +145,7 @@ fn charts(out: &mut String, steps: &[Value], events: &[Value]) {
         };
         marked.filter_map(mark).collect()
     };
-    let bytes = steps.iter().any(|l| number(l, "bits_per_byte").is_some());
-    let (loss, held, unit) = match bytes {
-        true => ("bits_per_byte", "val_bits_per_byte", "bits/byte"),
-        false => ("loss", "val", "nats/token"),
-    };
+    let (loss, held, unit) = loss_keys(steps);
     out.push_str("<section class=\"charts\">\n");
     type Axis<'a> = (&'a dyn Fn(&Value) -> f64, &'a str, &'a str);
     let both: [Axis<'_>; 2] =
@@ -217,18 +229,19 @@ fn plan(out: &mut String, events: &[Value]) {
 
 const STYLE: &str = "
 :root{color-scheme:light dark;--ink:light-dark(#1c2330,#e4e8ef);--soft:light-dark(#667085,#98a2b3);--grid:light-dark(#e4e7ec,#2c3444);
---paper:light-dark(#fff,#12161f);--s0:light-dark(#2563c9,#6aa5ff);--s1:light-dark(#c2410c,#ff9d5c);--bad:light-dark(#c01048,#ff6b93);--ok:light-dark(#087443,#4cc38a)}
+--paper:light-dark(#fff,#12161f);--bad:light-dark(#c01048,#ff6b93);--ok:light-dark(#087443,#4cc38a)}
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:2rem auto;max-width:75rem;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .tile{display:inline-block;margin:0 1.6rem .8rem 0}.tile b{display:block;font-size:1.3rem}.tile span{color:var(--soft);font-size:.85rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem 2rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem 2rem;margin-top:1.2rem}
 figure{margin:0}figcaption{font-weight:600}svg{width:100%;height:auto}svg text{font-size:11px;fill:var(--soft)}
 .grid{stroke:var(--grid)}.line{fill:none;stroke-width:1.6}.band{stroke:none;opacity:.22}
-.line.s0{stroke:var(--s0)}.line.s1{stroke:var(--s1)}.band.s0,.dot.s0{fill:var(--s0)}.band.s1,.dot.s1{fill:var(--s1)}
+.s0{--own:light-dark(#2563c9,#6aa5ff)}.s1{--own:light-dark(#c2410c,#ff9d5c)}.s2{--own:light-dark(#087443,#4cc38a)}
+.s3{--own:light-dark(#7a3fc4,#b794f6)}.s4{--own:light-dark(#a3145c,#ff7eb6)}.line{stroke:var(--own)}.band,.dot{fill:var(--own)}
 .mark{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:4 3}.mark.rollback,.mark.failure,.mark.memory{stroke:var(--bad)}.mark.resume{stroke:var(--ok)}
-.legend{margin:0;font-size:.85rem;color:var(--soft)}.key::before{content:'';display:inline-block;width:1.2em;height:.25em;margin-right:.4em;vertical-align:middle;background:var(--s0)}
-.key.s1::before{background:var(--s1)}.none{color:var(--soft)}
-table{border-collapse:collapse;font-size:.9rem}td,th{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--grid)}
+.legend{margin:0;font-size:.85rem;color:var(--soft)}.key::before{content:'';display:inline-block;width:1.2em;height:.25em;margin-right:.4em;vertical-align:middle;background:var(--own)}
+.none{color:var(--soft)}
+table{border-collapse:collapse;font-size:.9rem}.figures td:not(:first-child){text-align:right}td,th{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--grid)}
 tr.rollback td,tr.failure td,tr.damage td,tr.memory td{color:var(--bad)}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85rem}
 ";
 
@@ -275,7 +288,7 @@ mod tests {
     }
 
     /// Every tag is closed by its own.
-    fn balanced(page: &str) {
+    pub(super) fn balanced(page: &str) {
         let mut open: Vec<&str> = vec![];
         for tag in page.split('<').skip(1) {
             let tag = tag.split('>').next().unwrap_or("");
