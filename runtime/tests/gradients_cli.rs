@@ -1,32 +1,16 @@
 //! `chimera-run train` along gradients as a user meets it: what it prints, how it resumes and replays, and what it refuses.
 
+mod common;
+
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use chimera_runtime::files::b158::B158;
-
-/// A model with experts and a loop whose depth is drawn.
-const MODEL: &str = r#"{
-  "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
-  "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
-  "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 3], "loop_default": 2,
-    "depth_selection": "stochastic_per_sequence" }
-}"#;
-
-struct Place(tempfile::TempDir);
+use common::{LOOPED, Place};
 
 impl Place {
     fn new() -> Place {
-        let place = Place(tempfile::tempdir().expect("a folder"));
-        fs::write(place.path("model.json"), MODEL).expect("written");
-        fs::write(place.path("data.txt"), "the cat sat on the mat, the dog on the log. ".repeat(60)).expect("written");
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        Place::with_model(LOOPED)
     }
 
     fn run(&self, words: &[&str]) -> (Option<i32>, String, String) {

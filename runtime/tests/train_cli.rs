@@ -1,5 +1,7 @@
 //! `chimera-run train` as a user meets it: results on stdout, errors with exit codes, and runs that survive interruption.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -10,6 +12,7 @@ use chimera_frontends::config::{self, Overrides};
 use chimera_ir::plan;
 use chimera_runtime::files::b158::B158;
 use chimera_runtime::train::checkpoint;
+use common::{LOOPED, Place};
 
 /// A model that compiles and trains in no time.
 const MODEL: &str = r#"{
@@ -18,27 +21,9 @@ const MODEL: &str = r#"{
   "looping": { "enabled": false }
 }"#;
 
-/// A model with experts and a loop whose depth is drawn.
-const LOOPED: &str = r#"{
-  "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
-  "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
-  "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 4], "loop_default": 2,
-    "depth_selection": "stochastic_per_sequence" }
-}"#;
-
-struct Place(tempfile::TempDir);
-
 impl Place {
     fn new() -> Place {
-        let place = Place(tempfile::tempdir().expect("a folder"));
-        fs::write(place.path("model.json"), MODEL).expect("written");
-        fs::write(place.path("data.txt"), "the cat sat on the mat, the dog on the log. ".repeat(60)).expect("written");
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        Place::with_model(MODEL)
     }
 
     /// `train model.json --data data.txt` and further words.

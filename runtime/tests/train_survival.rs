@@ -4,8 +4,10 @@
 
 #![cfg(unix)]
 
+mod common;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,36 +15,13 @@ use chimera_runtime::files::b158::B158;
 use chimera_runtime::train::checkpoint;
 use chimera_runtime::train::journal::{self, Item, Record};
 use chimera_runtime::train::standing::Standing;
-
-/// A model with experts and a loop whose depth is drawn: everything that a step depends on.
-const MODEL: &str = r#"{
-  "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 16, "vocab_size": 257,
-  "backbone": { "layer_pattern": "GD XM", "moe": { "enabled": true, "layers": [1, 2], "n_routed_experts": 4,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16 } },
-  "looping": { "enabled": true, "prelude": [0, 0], "loop": [1, 2], "coda": [3, 3], "loop_range": [1, 4], "loop_default": 2,
-    "depth_selection": "stochastic_per_sequence" }
-}"#;
+use common::{LOOPED, Place};
 
 const SMALL: [&str; 9] = ["model.json", "--data", "data.txt", "--batch", "2", "--seq-len", "16", "--val-every", "0"];
 
-struct Place(tempfile::TempDir);
-
 impl Place {
     fn new() -> Place {
-        let place = Place(tempfile::tempdir().expect("a folder"));
-        fs::write(place.path("model.json"), MODEL).expect("written");
-        fs::write(place.path("data.txt"), "the cat sat on the mat, the dog on the log. ".repeat(60)).expect("written");
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
-        command.current_dir(self.0.path()).args(words);
-        command
+        Place::with_model(LOOPED)
     }
 
     /// Runs a command that must succeed; its stdout and stderr.
