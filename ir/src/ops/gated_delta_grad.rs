@@ -4,7 +4,7 @@
 
 use super::{
     Accuracy, Flops, GatedDelta, InferError, OpDef,
-    heads::{clear, expect, operands},
+    heads::{Pieces, clear, expect, operands},
 };
 use crate::{
     DType, Tensor, Type,
@@ -113,18 +113,16 @@ impl OpDef for GatedDeltaGrad {
     fn lower(&self, cx: &mut Lower<'_>) {
         let (rows, tokens) = (cx.ty(Q).dims[0], cx.ty(Q).dims[1]);
         let (k, v) = (cx.ty(Q).cols() / self.heads, cx.ty(V).cols() / self.heads);
-        let piece = (1..=tokens).find(|n| n * n >= tokens).unwrap_or(1);
-        let pieces = tokens.div_ceil(piece);
         let size = k * v;
         let at = cx.grid(rows * self.heads);
         let (r, h) = (cx.bind(&at / self.heads), cx.bind(&at % self.heads));
+        let pieces = Pieces::new(cx, tokens, size);
         let mut scratch = |name: &str, len: usize| cx.scratch(name, DType::F32, len);
         let f = Frame {
             heads: self.heads,
             k,
             v,
-            marks: scratch("marks", pieces * size),
-            states: scratch("states", (piece + 1) * size),
+            states: pieces.states,
             ds: scratch("ds", size),
             rest: scratch("rest", v),
             du: scratch("du", v),
@@ -140,29 +138,7 @@ impl OpDef for GatedDeltaGrad {
             clear(cx, f.states, &start, size);
         }
         clear(cx, f.ds, &start, size);
-        cx.each(0, pieces, |cx, p| {
-            let mark = cx.bind(&p * size);
-            cx.lanes(0, size, 4, |cx, i| cx.store(f.marks, &mark + &i, Expr::load(f.states, i)));
-            let end = cx.bind((&p * piece + piece).min(Expr::from(tokens)));
-            cx.each(p * piece, end, |cx, t| f.step(cx, &t, &start, &start));
-        });
-        cx.each(0, pieces, |cx, p| {
-            let p = cx.bind(Expr::from(pieces - 1) - p);
-            let mark = cx.bind(&p * size);
-            cx.lanes(0, size, 4, |cx, i| cx.store(f.states, &i, Expr::load(f.marks, &mark + &i)));
-            let first = cx.bind(p * piece);
-            let n = cx.bind((Expr::from(tokens) - &first).min(Expr::from(piece)));
-            cx.each(0, &n, |cx, i| {
-                let from = cx.bind(&i * size);
-                let to = cx.bind(&from + size);
-                f.step(cx, &(&first + i), &from, &to);
-            });
-            cx.each(0, &n, |cx, i| {
-                let i = cx.bind(&n - 1 - i);
-                let from = cx.bind(&i * size);
-                f.back(cx, &(&first + i), &from);
-            });
-        });
+        pieces.there_and_back(cx, &|cx, t, from, to| f.step(cx, t, from, to), &|cx, t, from| f.back(cx, t, from));
     }
 
     fn accuracy(&self) -> Accuracy {
@@ -203,8 +179,6 @@ struct Frame {
     heads: usize,
     k: usize,
     v: usize,
-    /// States at the starts of pieces.
-    marks: Buf,
     /// States before and behind the tokens of a piece.
     states: Buf,
     /// Gradient of the state.

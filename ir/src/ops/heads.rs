@@ -4,7 +4,7 @@
 
 use super::{InferError, OpDef};
 use crate::{
-    Tensor, Type,
+    DType, Tensor, Type,
     loops::{Acc, Buf, Expr, f32c, math},
     lower::Lower,
 };
@@ -84,6 +84,63 @@ pub(super) fn row_blocks(cx: &mut Lower<'_>, n: usize, f: &dyn Fn(&mut Lower<'_>
     }
     if n > full {
         f(cx, &Expr::from(full), n - full);
+    }
+}
+
+/// A recurrence that is gone through forward, then back. States are kept at the starts of pieces of about `sqrt(T)` tokens and made
+/// again inside a piece on the way back.
+pub(super) struct Pieces {
+    tokens: usize,
+    piece: usize,
+    /// Elements of a state.
+    size: usize,
+    /// States at the starts of pieces.
+    marks: Buf,
+    /// States before and behind the tokens of a piece. The caller first puts the state before the first token at the begin.
+    pub(super) states: Buf,
+}
+
+impl Pieces {
+    pub(super) fn new(cx: &mut Lower<'_>, tokens: usize, size: usize) -> Pieces {
+        let piece = (1..=tokens).find(|n| n * n >= tokens).unwrap_or(1);
+        let marks = cx.scratch("marks", DType::F32, tokens.div_ceil(piece) * size);
+        let states = cx.scratch("states", DType::F32, (piece + 1) * size);
+        Pieces { tokens, piece, size, marks, states }
+    }
+
+    /// Go through all tokens: `step(t, from, to)` makes the state at `to` of `states` from the one before token `t`; `back(t, from)`
+    /// hears of the tokens in reverse, with both states there.
+    pub(super) fn there_and_back(
+        &self,
+        cx: &mut Lower<'_>,
+        step: &dyn Fn(&mut Lower<'_>, &Expr, &Expr, &Expr),
+        back: &dyn Fn(&mut Lower<'_>, &Expr, &Expr),
+    ) {
+        let Pieces { tokens, piece, size, marks, states } = *self;
+        let (pieces, start) = (tokens.div_ceil(piece), Expr::from(0));
+        cx.each(0, pieces, |cx, p| {
+            let mark = cx.bind(&p * size);
+            cx.lanes(0, size, 4, |cx, i| cx.store(marks, &mark + &i, Expr::load(states, i)));
+            let end = cx.bind((&p * piece + piece).min(Expr::from(tokens)));
+            cx.each(p * piece, end, |cx, t| step(cx, &t, &start, &start));
+        });
+        cx.each(0, pieces, |cx, p| {
+            let p = cx.bind(Expr::from(pieces - 1) - p);
+            let mark = cx.bind(&p * size);
+            cx.lanes(0, size, 4, |cx, i| cx.store(states, &i, Expr::load(marks, &mark + &i)));
+            let first = cx.bind(p * piece);
+            let n = cx.bind((Expr::from(tokens) - &first).min(Expr::from(piece)));
+            cx.each(0, &n, |cx, i| {
+                let from = cx.bind(&i * size);
+                let to = cx.bind(&from + size);
+                step(cx, &(&first + i), &from, &to);
+            });
+            cx.each(0, &n, |cx, i| {
+                let i = cx.bind(&n - 1 - i);
+                let from = cx.bind(&i * size);
+                back(cx, &(&first + i), &from);
+            });
+        });
     }
 }
 

@@ -36,3 +36,12 @@ pub(super) fn long(cx: &mut Lower<'_>, n: usize, f: &dyn Fn(&mut Lower<'_>, &Exp
     let all = sums[PARTS..].iter().fold(join(&low, &high), |all, rest| join(&all, rest));
     cx.bind(all)
 }
+
+/// The sum of the squares of row `row` of operand 0, which has `n` columns.
+pub(super) fn sum_of_squares(cx: &mut Lower<'_>, row: &Expr, n: usize) -> Expr {
+    long(cx, n, &|cx, i| {
+        let v = cx.load(0, row, i);
+        let v = cx.b.bind(v);
+        Acc::Dot(v.clone(), v)
+    })
+}

@@ -1,11 +1,7 @@
 //! Root mean square of each row.
 
-use super::{Accuracy, Binary, BinaryFn, Flops, InferError, OpDef, Unary, UnaryFn, VjpCx, long::long};
-use crate::{
-    DType, Tensor, Type, Value,
-    loops::{Acc, f32c},
-    lower::Lower,
-};
+use super::{Accuracy, Binary, BinaryFn, Flops, InferError, OpDef, Unary, UnaryFn, VjpCx, long::sum_of_squares};
+use crate::{DType, Tensor, Type, Value, loops::f32c, lower::Lower};
 
 /// `out[r, 0] = sqrt(mean over c of x[r, c]^2 + eps)`: `f32 [.., C]` to `[.., 1]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,11 +48,7 @@ impl OpDef for RowRms {
     fn lower(&self, cx: &mut Lower<'_>) {
         let x = cx.ty(0).clone();
         let row = cx.b.grid(x.rows());
-        let sum = long(cx, x.cols(), &|cx, i| {
-            let v = cx.load(0, &row, i);
-            let v = cx.b.bind(v);
-            Acc::Dot(v.clone(), v)
-        });
+        let sum = sum_of_squares(cx, &row, x.cols());
         let rms = (sum / f32c(x.cols() as f32) + f32c(self.eps)).sqrt();
         cx.push(&row, &0.into(), &[(0, rms)]);
     }

@@ -1,7 +1,7 @@
 //! Sum of squares of each row.
 
-use super::{Accuracy, Axis, Flops, InferError, OpDef, long::long};
-use crate::{DType, Tensor, Type, loops::Acc, lower::Lower};
+use super::{Accuracy, Axis, Flops, InferError, OpDef, long::sum_of_squares};
+use crate::{DType, Tensor, Type, lower::Lower};
 
 /// `out[r] = sum over c of x[r, c]^2`: `f32 [.., C]` to `[R]`, `R` all other dimensions together.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,11 +30,7 @@ impl OpDef for RowSquares {
     fn lower(&self, cx: &mut Lower<'_>) {
         let x = cx.ty(0).clone();
         let row = cx.b.grid(x.rows());
-        let sum = long(cx, x.cols(), &|cx, i| {
-            let v = cx.load(0, &row, i);
-            let v = cx.b.bind(v);
-            Acc::Dot(v.clone(), v)
-        });
+        let sum = sum_of_squares(cx, &row, x.cols());
         cx.put(0, row, sum);
     }
 

@@ -5,7 +5,7 @@ use crate::{
     DType,
     loops::{Acc, Buf, Expr, Ty, f32c, i32c, int, math},
     lower::Lower,
-    ops::heads::{clear, dots},
+    ops::heads::{Pieces, clear, dots},
 };
 
 const MAX_ALPHA: f32 = 0.999;
@@ -38,8 +38,6 @@ struct Frame<'a> {
     op: &'a TitansGrad,
     k: usize,
     m: usize,
-    /// States at the starts of pieces.
-    marks: Buf,
     /// States of the tokens of a piece.
     states: Buf,
     /// Gradient of the state.
@@ -62,11 +60,10 @@ struct Frame<'a> {
 pub(super) fn lower(op: &TitansGrad, cx: &mut Lower<'_>) {
     let [rows, tokens, d] = cx.ty(Q).dims[..] else { unreachable!("checked by infer") };
     let (k, m) = (d / op.heads, cx.ty(INIT).dims[1]);
-    let piece = (1..=tokens).find(|n| n * n >= tokens).unwrap_or(1);
-    let pieces = tokens.div_ceil(piece);
     let all = 6 * k * m;
     let at = cx.grid(rows * op.heads);
     let (r, h) = (cx.bind(&at / op.heads), cx.bind(&at % op.heads));
+    let pieces = Pieces::new(cx, tokens, all);
     let mut scratch = |name: &str, len: usize| cx.scratch(name, DType::F32, len);
     let wide = Wide {
         u: scratch("u", m),
@@ -83,8 +80,7 @@ pub(super) fn lower(op: &TitansGrad, cx: &mut Lower<'_>) {
         op,
         k,
         m,
-        marks: scratch("marks", pieces * all),
-        states: scratch("states", (piece + 1) * all),
+        states: pieces.states,
         grad: scratch("grad", all),
         wide,
         r: scratch("r", k),
@@ -111,29 +107,7 @@ pub(super) fn lower(op: &TitansGrad, cx: &mut Lower<'_>) {
         cx.lanes(0, k * m, 4, |cx, i| cx.put(l, &out + i, f32c(0.0)));
         clear(cx, f.sums[l - 6], &start, k * m);
     }
-    cx.each(0, pieces, |cx, p| {
-        let mark = cx.bind(&p * all);
-        cx.lanes(0, all, 4, |cx, i| cx.store(f.marks, &mark + &i, Expr::load(f.states, i)));
-        let end = cx.bind((&p * piece + piece).min(Expr::from(tokens)));
-        cx.each(p * piece, end, |cx, t| f.step(cx, &t, &start, &start));
-    });
-    cx.each(0, pieces, |cx, p| {
-        let p = cx.bind(Expr::from(pieces - 1) - p);
-        let mark = cx.bind(&p * all);
-        cx.lanes(0, all, 4, |cx, i| cx.store(f.states, &i, Expr::load(f.marks, &mark + &i)));
-        let first = cx.bind(p * piece);
-        let n = cx.bind((Expr::from(tokens) - &first).min(Expr::from(piece)));
-        cx.each(0, &n, |cx, i| {
-            let from = cx.bind(&i * all);
-            let to = cx.bind(&from + all);
-            f.step(cx, &(&first + i), &from, &to);
-        });
-        cx.each(0, &n, |cx, i| {
-            let i = cx.bind(&n - 1 - i);
-            let from = cx.bind(&i * all);
-            f.back(cx, &(&first + i), &from);
-        });
-    });
+    pieces.there_and_back(cx, &|cx, t, from, to| f.step(cx, t, from, to), &|cx, t, from| f.back(cx, t, from));
 }
 
 /// A vector by index.

@@ -5,7 +5,7 @@
 //! take.
 
 use crate::data::DataArgs;
-use crate::estimators::{ESTIMATORS, EstimatorName, OF_SOME};
+use crate::estimators::{ESTIMATORS, EstimatorName, of_some};
 use crate::hyper::{HyperArgs, positive};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::report::comparison::{Comparison, Contender, Ending};
@@ -142,7 +142,7 @@ fn refuse(args: &Args) -> Result<(), Failure> {
     }
     let has = |key: &str| names.iter().any(|name| name.row().options.contains(&key));
     let given = args.hyper.given().into_iter().map(|(key, _)| key);
-    if let Some(key) = given.into_iter().find(|key| OF_SOME.contains(key) && !has(key)) {
+    if let Some(key) = given.into_iter().find(|key| of_some(key) && !has(key)) {
         let owners = ESTIMATORS.iter().filter(|r| r.options.contains(&key)).map(|r| r.name.text());
         return Err(Failure::usage(format!(
             "--{} has no meaning for any of the estimators; leave it out, or compare with {}",

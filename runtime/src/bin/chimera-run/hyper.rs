@@ -2,7 +2,7 @@
 //!
 //! Invariant: a resumed run has the options of the checkpoint; an option that says otherwise is refused, never ignored.
 
-use crate::estimators::{ESTIMATORS, EstimatorName, OF_SOME, ZeroGradient};
+use crate::estimators::{ESTIMATORS, EstimatorName, ZeroGradient, of_some};
 use crate::options::Failure;
 use crate::probes::{Entries, FamilyName, MaskName, ModeName, OptimiserName};
 use chimera_runtime::text::DataSpec;
@@ -336,7 +336,7 @@ impl HyperArgs {
     pub fn checked(&self) -> Result<Hyper, Failure> {
         let hyper = self.fresh();
         let row = hyper.estimator.row();
-        let foreign = |key: &&str| OF_SOME.contains(key) && !row.options.contains(key);
+        let foreign = |key: &&str| of_some(key) && !row.options.contains(key);
         let Some(key) = self.given().into_iter().map(|(key, _)| key).find(foreign) else {
             let (batch, parts) = (hyper.batch, hyper.accumulate);
             return match batch % parts {
@@ -393,7 +393,7 @@ impl Hyper {
     pub fn shaped(mut self, rows: usize, tokens: usize, args: &HyperArgs) -> Result<Hyper, Failure> {
         (self.batch, self.seq_len) = (rows as u32, tokens as u32);
         for (key, _) in args.given() {
-            if OF_SOME.contains(&key) || ["estimator", "only"].contains(&key) {
+            if of_some(key) || ["estimator", "only"].contains(&key) {
                 let flag = key.replace('_', "-");
                 return Err(Failure::usage(format!(
                     "--{flag} is built into a compiled plan; name the configuration instead"
@@ -467,7 +467,8 @@ mod tests {
             #[command(flatten)]
             hyper: HyperArgs,
         }
-        for key in OF_SOME {
+        let keys: std::collections::BTreeSet<&str> = ESTIMATORS.iter().flat_map(|row| row.options).copied().collect();
+        for key in keys {
             let flag = format!("--{}", key.replace('_', "-"));
             let parse = |value: &str| Line::try_parse_from(["line", "--lr", "1", &format!("{flag}={value}")]).ok();
             let values = ["0.5", "1", "true", "adam", "scales", "lozo", "random", "gaussian", "freeze"];
