@@ -5,7 +5,7 @@
 use anyhow::{Context, Result};
 use chimera_ir::ops::{
     CrossEntropy, Distribution, GatedDelta, Linear, Mlstm, NormKind, NormQuantise, PANEL, Random, TernaryProduct,
-    TitansMemory, packed_type,
+    TitansMemory, blocked_type, packed_type,
 };
 use chimera_ir::{DType, Op, Type};
 
@@ -45,7 +45,7 @@ pub fn product([m, n, k]: [usize; 3]) -> (TernaryProduct, Vec<Type>) {
         Type::new(DType::I8, &[m, k]),
         Type::f32(&[m, k / 64]),
         packed_type(&Type::f32(&[n, k])),
-        Type::f32(&[n, k / 128]),
+        blocked_type(&Type::f32(&[n, k / 128])),
     ];
     (op, types)
 }

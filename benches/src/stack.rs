@@ -12,7 +12,7 @@ use chimera_codegen::Allowed;
 use chimera_compiler::{EntryKind, Options, compile_graphs};
 use chimera_ir::ops::{
     Binary, BinaryFn, InferError, Norm, NormKind, Quantise, TernaryProduct, Unary, UnaryFn, WindowAttention,
-    packed_type,
+    blocked_type, packed_type,
 };
 use chimera_ir::plan::{CODES, Plan, SCALES, WeightKind};
 use chimera_ir::{Data, Graph, Op, Type, Value};
@@ -53,7 +53,7 @@ fn weights(layers: usize) -> impl Iterator<Item = (String, usize, usize)> {
 }
 
 fn types(m: usize, n: usize) -> [Type; 2] {
-    [packed_type(&Type::f32(&[m, n])), Type::f32(&[m, n / GROUP])]
+    [packed_type(&Type::f32(&[m, n])), blocked_type(&Type::f32(&[m, n / GROUP]))]
 }
 
 /// Bytes of weights that one token reads.

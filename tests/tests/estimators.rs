@@ -9,7 +9,7 @@ use chimera_compiler::{
 use chimera_frontends::config::{ModelConfig, Overrides, ParamKind, Scale, expert_stack, parameters, preset};
 use chimera_ir::{
     Data, Tensor,
-    ops::{Distribution, GroupScale, OpDef, PackTernary, ScaleMode},
+    ops::{BlockScales, Distribution, GroupScale, OpDef, PackTernary, ScaleMode},
     plan::{CODES, SCALES},
 };
 use chimera_runtime::{
@@ -346,6 +346,7 @@ fn set_packed(
         let scaled = alpha.as_f32().iter().zip(z).map(|(a, z)| a * (1.0 + signed * z)).collect();
         alpha.data = Data::F32(scaled);
         let (name, at) = expert_stack(&p.name).unwrap_or((p.name, 0));
+        let alpha = BlockScales {}.eval(&[&alpha]).remove(0);
         stacks.entry(name).or_default().push((at, codes, alpha));
     }
     for (name, mut parts) in stacks {

@@ -6,8 +6,8 @@ use chimera_ir::{
     DType, Data, Tensor, Type,
     loops::{Builder, Expr, Role},
     ops::{
-        CrossEntropy, GroupScale, Linear, Norm, NormKind, NormQuantise, PackPanels, PackTernary, Quantise, ScaleMode,
-        TernaryDense, TernaryProduct, packed_type,
+        BlockScales, CrossEntropy, GroupScale, Linear, Norm, NormKind, NormQuantise, PackPanels, PackTernary, Quantise,
+        ScaleMode, TernaryDense, TernaryProduct, packed_type,
     },
 };
 use chimera_tests::{
@@ -100,6 +100,7 @@ fn codes_of_activations_and_their_product() {
         let (q, alpha) = (g.tensor("exact.absmean_per_group.q"), g.tensor("exact.absmean_per_group.alpha"));
         let (packed, m) = (pack(&q), q.ty.dims[0]);
         let op = TernaryProduct { m, group: GROUP, block: 64, n_weights: 1, grouped_rows: false };
+        let alpha = blocked(&alpha);
         for (way, got) in all_ways(op.clone(), &[codes.clone(), scales.clone(), packed.clone(), alpha.clone()]) {
             assert_exact(&format!("quant_{case} product by {way}"), &got[0], &g.tensor("exact.y"));
         }
@@ -118,6 +119,11 @@ fn codes_of_activations_and_their_product() {
             }
         }
     }
+}
+
+/// Scales in the layout that a product reads, by the last way.
+fn blocked(alpha: &Tensor) -> Tensor {
+    all_ways(BlockScales {}, std::slice::from_ref(alpha)).remove(0).1.remove(0)
 }
 
 /// Scales and packed codes of the weight of a `bitlinear` case.
@@ -145,7 +151,7 @@ fn bit_linear_with_a_scale_for_each_block() {
     let norm = NormQuantise { kind: NormKind::Rms, eps: 1e-6, block: 64 };
     for (first, outs) in all_ways(norm, &[g.tensor("in.x")]) {
         let op = TernaryProduct { m: w.ty.dims[0], group: GROUP, block: 64, n_weights: 1, grouped_rows: false };
-        let ins = [outs[1].clone(), outs[2].clone(), packed.clone(), alpha.clone()];
+        let ins = [outs[1].clone(), outs[2].clone(), packed.clone(), blocked(&alpha)];
         for (way, y) in all_ways(op, &ins) {
             assert_close(&format!("norm by {first}, product by {way}"), &y[0], &g.tensor("out.y"), rtol, atol);
         }
@@ -168,7 +174,7 @@ fn bit_linear_with_a_scale_for_each_token() {
         let x = Tensor::f32(&[outs[1].ty.rows(), n], (0..outs[1].ty.rows() * n).map(value).collect());
         let want = dense_product(&x, &w, &alpha).remove(0).1;
         let op = TernaryProduct { m: w.ty.dims[0], group: GROUP, block: 0, n_weights: 1, grouped_rows: false };
-        let ins = [outs[1].clone(), outs[2].clone(), packed.clone(), alpha.clone()];
+        let ins = [outs[1].clone(), outs[2].clone(), packed.clone(), blocked(&alpha)];
         for (way, y) in all_ways(op, &ins) {
             let y = Tensor::f32(&want.ty.dims, y[0].as_f32().to_vec());
             assert_close(&format!("norm by {first}, product by {way}"), &y, &want, rtol, atol);

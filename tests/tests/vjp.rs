@@ -9,8 +9,8 @@ use chimera_ir::{
     DType, Data, Graph, Op, Tensor, Type, Value,
     graph::Kind,
     ops::{
-        CrossEntropy, Dequantise, GroupScale, InferError, Linear, OpDef, PackPanels, PackTernary, Quantise, ScaleMode,
-        TernaryDense, TernaryProduct, random_tensor,
+        BlockScales, CrossEntropy, Dequantise, GroupScale, InferError, Linear, OpDef, PackPanels, PackTernary,
+        Quantise, ScaleMode, TernaryDense, TernaryProduct, random_tensor,
     },
 };
 use chimera_tests::reference::{Memory, evaluate};
@@ -178,7 +178,8 @@ fn straight_through() {
         let codes = g.ops(Quantise { block }, &[v[0]]).expect("well typed");
         let packed = g.op(PackTernary { group, ratio: 0.5 }, &[v[1], alpha]).expect("well typed");
         let op = TernaryProduct { m, group, block, n_weights: 1, grouped_rows: false };
-        let y = g.op(op, &[codes[0], codes[1], packed, alpha]).expect("well typed");
+        let scales = g.op(BlockScales {}, &[alpha]).expect("well typed");
+        let y = g.op(op, &[codes[0], codes[1], packed, scales]).expect("well typed");
         // The float product of what codes stand for, whose operands are the ends of the gradient.
         let padded = g.op(Dequantise { block, n }, &codes).expect("well typed");
         let dense = g.op(TernaryDense { group, ratio: 0.5 }, &[v[1], alpha]).expect("well typed");

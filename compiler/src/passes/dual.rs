@@ -10,8 +10,8 @@ use chimera_ir::{
     Graph, Op, Tensor, Type, Value,
     graph::{Kind, Node, Repeat},
     ops::{
-        Axis, Binary, BinaryFn, CrossEntropy, Dispatch, InferError, Linear, PackTernary, Reshape, ScaleGroups, Stack,
-        TernaryDense, TernaryProduct, TileRows,
+        Axis, Binary, BinaryFn, BlockScales, CrossEntropy, Dispatch, InferError, Linear, PackTernary, Reshape,
+        ScaleGroups, Stack, TernaryDense, TernaryProduct, TileRows,
     },
     plan::{Comparison, WeightKind},
 };
@@ -278,7 +278,7 @@ impl Transform<'_> {
         self.estimator.factors(&mut self.cx(g), &w).map(Some)
     }
 
-    /// The scales of packed codes with a group for each probe, if they are probed: `[G, m, nb]`, of stacked weights `[E G, m, nb]`.
+    /// The blocked scales of packed codes with a group for each probe, if they are probed: `[G, ..]`, of stacked weights `[E G, ..]`.
     fn scaled(
         &self,
         old: &Graph,
@@ -297,9 +297,15 @@ impl Transform<'_> {
         };
         let mut groups = vec![];
         for (name, part) in names.iter().zip(&parts) {
-            let alpha = map[part].v;
+            let Kind::Op(Op::BlockScales(_)) = &old.def(*part).kind else {
+                return Err(InferError::new(
+                    "probe",
+                    format!("the scales of `{name}` are given, not made of a latent"),
+                ));
+            };
+            let alpha = map[&old.def(*part).ins[0]].v;
             let all = self.stacked(g, New { v: alpha, split: false, batched: false })?.v;
-            groups.push(match self.reached(name) {
+            let probed = match self.reached(name) {
                 Some((kind, Reach::Scales)) => {
                     // Codes and factors are functions of the scales alone here.
                     let scales = Some(Scales { alpha, group: 0, ratio: 0.0 });
@@ -308,7 +314,8 @@ impl Transform<'_> {
                     g.op(Binary { f: BinaryFn::Mul }, &[all, f])?
                 }
                 _ => all,
-            });
+            };
+            groups.push(g.op(BlockScales {}, &[probed])?);
         }
         let &[one] = &groups[..] else {
             let stacked = g.op(Stack { n: groups.len() }, &groups)?;

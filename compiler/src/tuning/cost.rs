@@ -18,7 +18,6 @@ struct Rates {
     unpack: f64,
     load: f64,
     combine: f64,
-    moved: f64,
     summed: f64,
     instance: f64,
     /// By byte of a pass that the first cache does not hold.
@@ -36,7 +35,6 @@ const PLAIN: Rates = Rates {
     unpack: 0.0050,
     load: 0.13,
     combine: 0.13,
-    moved: 0.91,
     summed: 0.4,
     instance: 200.0,
     again: 0.004,
@@ -63,7 +61,6 @@ pub fn predict(work: &Work, target: &Target, threads: usize) -> f64 {
         (work.unpacked, r.unpack),
         (work.loads, r.load),
         (work.combined, r.combine),
-        (work.moved, r.moved),
         (work.summed, r.summed),
         (work.instances, r.instance),
         (again, r.again),

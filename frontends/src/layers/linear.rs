@@ -3,8 +3,8 @@
 use chimera_ir::{
     Type, Value,
     ops::{
-        GroupScale, InferError, Linear, Norm, NormKind, OpDef, PackPanels, PackTernary, Quantise, ScaleMode,
-        TernaryDense, TernaryProduct, Unary, UnaryFn, packed_type,
+        BlockScales, GroupScale, InferError, Linear, Norm, NormKind, OpDef, PackPanels, PackTernary, Quantise,
+        ScaleMode, TernaryDense, TernaryProduct, Unary, UnaryFn, blocked_type, packed_type,
     },
     plan::{CODES, SCALES},
 };
@@ -89,6 +89,7 @@ impl Net<'_> {
             return Err(InferError::new(PackTernary::NAME, why));
         }
         let scales = GroupScale { mode: self.scale_mode() }.infer(std::slice::from_ref(&latent))?.remove(0);
+        let scales = blocked_type(&scales);
         let codes = self.g.param(&format!("{weight}{CODES}"), packed_type(&latent));
         Ok(vec![codes, self.g.param(&format!("{weight}{SCALES}"), scales)])
     }
@@ -108,7 +109,7 @@ impl Net<'_> {
             let dense = self.op(TernaryDense { group, ratio }, &[w, alpha])?;
             return Ok(vec![self.op(PackPanels {}, &[dense])?]);
         }
-        Ok(vec![self.op(PackTernary { group, ratio }, &[w, alpha])?, alpha])
+        Ok(vec![self.op(PackTernary { group, ratio }, &[w, alpha])?, self.op(BlockScales {}, &[alpha])?])
     }
 
     /// The product of prepared weights with an activation; `grouped` where rows are sorted by expert and the weights stacked.

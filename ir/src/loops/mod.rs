@@ -145,7 +145,8 @@ pub enum Expr {
     Bin(Bin, Box<Expr>, Box<Expr>),
     /// `a * b + c` of `F32` with one rounding.
     Fma(Box<Expr>, Box<Expr>, Box<Expr>),
-    /// `acc + sum over the four bytes j of u8(a, j) * i8(b, j)`, all `I32`; every byte of `a` is at most 3.
+    /// `acc + sum over the four bytes j of u8(a, j) * i8(b, j)`, all `I32`. Every byte of `a` is a code of at most 2; where `a` is
+    /// masked by a literal it may be a multiple of one, at most two thirds of the byte of the mask.
     Dot4(Box<Expr>, Box<Expr>, Box<Expr>),
     /// A comparison.
     Cmp(Cmp, Box<Expr>, Box<Expr>),

@@ -11,6 +11,7 @@ use crate::{
 mod add_total;
 mod balance;
 mod binary;
+mod block_scales;
 mod boundary_mask;
 mod check;
 mod combine;
@@ -95,6 +96,7 @@ pub use self::{
     add_total::AddTotal,
     balance::Balance,
     binary::{Binary, BinaryFn},
+    block_scales::{BlockScales, blocked_type},
     boundary_mask::BoundaryMask,
     combine::Combine,
     combine_grad::CombineGrad,
@@ -581,4 +583,4 @@ impl Op {
     }
 }
 
-ops! { AddTotal, Balance, Binary, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }
+ops! { AddTotal, Balance, Binary, BlockScales, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }

@@ -16,7 +16,7 @@ use crate::{
     lower::Lower,
 };
 
-/// `(codes i8 [.., np], scales [.., nc], then n_weights pairs (packed [G?, ceil(m / 32), np / 4, 32], alpha [m, nb] or [G, m, nb]),
+/// `(codes i8 [.., np], scales [.., nc], then n_weights pairs (packed [G?, ceil(m / 32), np / 4, 32], alpha [G?, ceil(m / 32), nb, 32]),
 /// with grouped rows offsets i32 [S + 1])` → `n_weights` results `[.., m]`.
 ///
 /// Blocks have `block` columns (0: the whole row has one scale), weight groups have `group` columns. The sum `p` over a block (over
@@ -27,7 +27,7 @@ use crate::{
 /// Batch row `r` of `R` uses weight group `r / (R / G)`; with grouped rows the rows `offsets[s] .. offsets[s + 1]` of section
 /// `s` of `S` use group `s / (S / G)`. `G` is the larger number of groups, that of the codes or that of the scales; the other one
 /// divides it and follows the same rule.
-/// Byte `4 r8 + k4` of block `(ob, kb)` of the packed weights is laid out as by [`super::PackTernary`].
+/// Packed weights are laid out as by [`super::PackTernary`], scales as by [`super::BlockScales`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct TernaryProduct {
     /// Columns of each result.
@@ -101,23 +101,23 @@ impl TernaryProduct {
         if !np.is_multiple_of(64) || scales.rows() != rows || scales.cols() != nc {
             return fail(format!("codes {codes} want a multiple of 64 columns and {nc} scales a row, found {scales}"));
         }
-        let (nb, lead) = (ins[3].cols(), if ins[2].dims.len() == 4 { ins[2].dims[0] } else { 1 });
-        let alphas = |w: usize| ins[Self::packed(w) + 1].dims.iter().rev().nth(2).copied().unwrap_or(1);
+        let leading = |ty: &Type| if ty.dims.len() == 4 { ty.dims[0] } else { 1 };
+        let nb = ins[3].dims.iter().rev().nth(1).copied().unwrap_or(0);
+        let (blocks, lead) = (self.m.div_ceil(BLOCK_ROWS), leading(&ins[2]));
+        let alphas = |w: usize| leading(&ins[Self::packed(w) + 1]);
         let total = (0..self.n_weights).map(alphas).fold(lead, usize::max);
         for w in 0..self.n_weights {
             let (packed, alpha) = (&ins[Self::packed(w)], &ins[Self::packed(w) + 1]);
-            let dims = [self.m.div_ceil(BLOCK_ROWS), np / 4, 32];
+            let dims = [blocks, np / 4, 32];
             check::is(Self::NAME, "a packed weight", packed, DType::U8, 3..=4)?;
-            check::is(Self::NAME, "alpha", alpha, DType::F32, 2..=3)?;
-            let groups = if packed.dims.len() == 4 { packed.dims[0] } else { 1 };
-            if !packed.dims.ends_with(&dims) || groups != lead {
+            check::is(Self::NAME, "alpha", alpha, DType::F32, 3..=4)?;
+            if !packed.dims.ends_with(&dims) || leading(packed) != lead {
                 return fail(format!("weight {w} wants u8{dims:?} in {lead} groups, found {packed}"));
             }
             let divides = |n: usize| n > 0 && total.is_multiple_of(n);
-            if !alpha.dims.ends_with(&[self.m, nb]) || !divides(alphas(w)) || !divides(lead) {
+            if !alpha.dims.ends_with(&[blocks, nb, BLOCK_ROWS]) || !divides(alphas(w)) || !divides(lead) {
                 return fail(format!(
-                    "weight {w} wants scales f32[{}, {nb}] in groups that divide {total} or are its multiple, found {alpha}",
-                    self.m
+                    "weight {w} wants scales f32[{blocks}, {nb}, 32] in groups that divide {total} or are its multiple, found {alpha}"
                 ));
             }
         }
@@ -126,7 +126,7 @@ impl TernaryProduct {
         } else {
             check::groups(Self::NAME, "a packed weight", &ins[2], 3, codes)?;
             (0..self.n_weights).try_for_each(|w| {
-                check::groups(Self::NAME, "the scales of a weight", &ins[Self::packed(w) + 1], 2, codes).map(drop)
+                check::groups(Self::NAME, "the scales of a weight", &ins[Self::packed(w) + 1], 3, codes).map(drop)
             })?;
         }
         let (piece, span) = match (nb, self.block) {
@@ -163,10 +163,11 @@ impl OpDef for TernaryProduct {
         let result = |w: usize| {
             let (packed, alpha) = (ins[Self::packed(w)], ins[Self::packed(w) + 1]);
             let Data::U8(bytes) = &packed.data else { panic!("infer wants bytes") };
-            let alphas = alpha.ty.rows() / self.m;
+            let blocks = self.m.div_ceil(BLOCK_ROWS);
+            let alphas = alpha.ty.rows() / (blocks * s.nb);
             let weight = |g: usize, o: usize, k: usize| {
                 let lead = g / (s.groups / s.leads);
-                let block = (lead * self.m.div_ceil(BLOCK_ROWS) + o / BLOCK_ROWS) * (s.np / 4) + k / 4;
+                let block = (lead * blocks + o / BLOCK_ROWS) * (s.np / 4) + k / 4;
                 let byte = bytes[block * 32 + o % 8 * 4 + k % 4];
                 i64::from(byte >> (o % BLOCK_ROWS / 8 * 2) & 3) - 1
             };
@@ -179,7 +180,8 @@ impl OpDef for TernaryProduct {
                         let a = ins[1].as_f32()[row * s.nc + if self.block == 0 { 0 } else { c }];
                         a.mul_add(p as f32, sum)
                     });
-                    alpha.as_f32()[(g / (s.groups / alphas) * self.m + o) * s.nb + b].mul_add(sum, y)
+                    let block = (g / (s.groups / alphas) * blocks + o / BLOCK_ROWS) * s.nb + b;
+                    alpha.as_f32()[block * BLOCK_ROWS + o % BLOCK_ROWS].mul_add(sum, y)
                 })
             };
             let out = (0..s.rows * self.m).map(|i| element(i / self.m, i % self.m)).collect();
@@ -196,7 +198,7 @@ impl OpDef for TernaryProduct {
         let (dy, offsets) = (cx.grad(), cx.ins.get(4).copied());
         let (n, ty) = (cx.graph.ty(codes).cols(), cx.graph.ty(packed).clone());
         let dx = if cx.wants(0) {
-            let back = cx.op(TernaryTranspose { n, group: self.group }, &[packed, alpha])?;
+            let back = cx.op(TernaryTranspose { m: self.m, n, group: self.group }, &[packed, alpha])?;
             let ins: Vec<Value> = [dy, back].into_iter().chain(offsets).collect();
             Some(cx.op(Linear { m: n, grouped_rows: self.grouped_rows }, &ins)?)
         } else {
@@ -232,7 +234,8 @@ impl OpDef for TernaryProduct {
         ];
         let mut contract = Contract::new(Self::NAME, &params);
         // The groups of each weight's scales.
-        let alphas = (0..self.n_weights).map(|w| ins[Self::packed(w) + 1].rows() / self.m);
+        let alphas = (0..self.n_weights)
+            .map(|w| ins[Self::packed(w) + 1].numel() / (self.m.div_ceil(BLOCK_ROWS) * s.nb * BLOCK_ROWS));
         contract.params.extend(alphas.enumerate().map(|(w, groups)| (format!("alphas{w}"), groups as i64)));
         Some(contract)
     }
@@ -253,7 +256,7 @@ impl OpDef for TernaryProduct {
         for w in 0..op.n_weights {
             let alphas = c.size(&format!("alphas{w}"))?;
             ins.push(Type::new(DType::U8, &[groups, m.div_ceil(BLOCK_ROWS), np / 4, 32]));
-            ins.push(Type::f32(&[alphas, m, nb]));
+            ins.push(Type::f32(&[alphas, m.div_ceil(BLOCK_ROWS), nb, BLOCK_ROWS]));
         }
         ins.extend(op.grouped_rows.then(|| Type::i32(&[sections + 1])));
         // Sizes of any origin: they make a product only if they are sizes and the operation takes them.
@@ -288,7 +291,7 @@ impl OpDef for TernaryProduct {
         let mut axes = vec![Axis::Rows; 2];
         for _ in 0..self.n_weights {
             let more = usize::from(self.grouped_rows);
-            axes.extend([Axis::Weight { rank: 3 + more }, Axis::Weight { rank: 2 + more }]);
+            axes.extend([Axis::Weight { rank: 3 + more }, Axis::Weight { rank: 3 + more }]);
         }
         axes.extend(self.grouped_rows.then_some(Axis::Shared));
         axes
@@ -336,7 +339,8 @@ impl OpDef for TernaryProduct {
             swap(1, Type::f32(&[2, 3, 4])),
             swap(2, Type::new(DType::U8, &[1, 80, 32])),
             swap(2, Type::new(DType::U8, &[3, 2, 80, 32])),
-            swap(3, Type::f32(&[37, 2])),
+            swap(3, Type::f32(&[37, 3])),
+            swap(3, Type::f32(&[2, 2, 32])),
             (TernaryProduct { block: 32, ..op.clone() }, ins.clone()),
             (TernaryProduct { group: 96, ..op.clone() }, ins.clone()),
             (TernaryProduct { grouped_rows: true, ..op.clone() }, ins.clone()),
@@ -359,7 +363,7 @@ fn samples() -> Vec<(TernaryProduct, Vec<Type>)> {
         let mut ins = vec![Type::new(DType::I8, &with(&[np], rows)), Type::f32(&with(&[nc], rows))];
         for _ in 0..op.n_weights {
             ins.push(Type::new(DType::U8, &with(&[op.m.div_ceil(BLOCK_ROWS), np / 4, 32], lead)));
-            ins.push(Type::f32(&with(&[op.m, nb], alphas)));
+            ins.push(Type::f32(&with(&[op.m.div_ceil(BLOCK_ROWS), nb, BLOCK_ROWS], alphas)));
         }
         // Two sections for each group of an even number of groups.
         let sections = |groups: usize| groups * (2 - groups % 2) + 1;

@@ -24,8 +24,6 @@ pub struct Work {
     pub loads: u64,
     /// Integer sums that enter a float chain.
     pub combined: u64,
-    /// Elements that are brought into lane order one by one.
-    pub moved: u64,
     /// Vectors of activations that are summed beforehand.
     pub summed: u64,
     /// What is gone through again and again.

@@ -71,7 +71,7 @@ pub enum WeightKind {
 /// Behind the name of a ternary weight `[m, n]`: its packed codes in the layout of `PackTernary`. A `*` in the name stands for an
 /// index: weights of one shape stacked along a leading dimension.
 pub const CODES: &str = ".codes";
-/// Behind the name of a ternary weight: its scales, `f32 [m, groups]`, stacked like the codes.
+/// Behind the name of a ternary weight: its scales in the layout of `BlockScales`, stacked like the codes.
 pub const SCALES: &str = ".alpha";
 
 impl WeightKind {

@@ -246,7 +246,8 @@ mod tests {
     use super::*;
     use chimera_ir::lower::Cluster;
     use chimera_ir::ops::{
-        GatedDelta, Linear, Mlstm, NormKind, NormQuantise, PANEL, TernaryProduct, TitansMemory, packed_type,
+        GatedDelta, Linear, Mlstm, NormKind, NormQuantise, PANEL, TernaryProduct, TitansMemory, blocked_type,
+        packed_type,
     };
     use chimera_ir::{DType, Op, Type};
 
@@ -265,7 +266,7 @@ mod tests {
             Type::new(DType::I8, &[m, k]),
             Type::f32(&[m, k / 64]),
             packed_type(&Type::f32(&[n, k])),
-            Type::f32(&[n, k / 128]),
+            blocked_type(&Type::f32(&[n, k / 128])),
         ];
         let op = TernaryProduct { m: n, group: 128, block: 64, n_weights: 1, grouped_rows: false };
         let ternary = of(op, &types);

@@ -12,14 +12,17 @@
 //! | header checksum | crc32c u32 of prologue and table |
 //! | data | every tensor at a multiple of 64 from the beginning of the file, gaps zero |
 //!
-//! A ternary matrix [n, k] is stored as packed codes (see [`pack_ternary`]) followed by the scales of the padded rows,
-//! `[n rounded up to 32][ceil(k / group)]` row-major; scales of padding rows are zero. Matrices of one shape, such as those of the
+//! A ternary matrix [n, k] is stored as packed codes (see [`pack_ternary`]) followed by the scales of the padded rows in blocks
+//! of 32, `[n rounded up to 32 / 32][ceil(k / group)][32]`; scales of padding rows are zero. Matrices of one shape, such as those of the
 //! experts of a layer, may be stored as one tensor [count, n, k]: the codes of all, then the scales of all. Its name has `*` in the place
 //! of their number: `layers.1.mlp.experts.*.up_proj.weight`.
 
 mod writer;
 
-pub use super::ternary::{ScaleMode, Ternary, is_packed, pack_ternary, packed_len, padded, ternarise, unpack_ternary};
+pub use super::ternary::{
+    ScaleMode, Ternary, block_scales, is_packed, pack_ternary, packed_len, padded, ternarise, unblock_scales,
+    unpack_ternary,
+};
 pub use writer::{Entry, write};
 
 use super::{Cursor, DType, FileError, HostTensor, IN_MEMORY, MappedSlice, Storage, TensorView, map_file};
@@ -33,7 +36,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// First bytes of every file; the line ends and the high bit show damage by text-mode transfers.
 pub const MAGIC: [u8; 8] = *b"\x89b158\r\n\x1a";
 /// Version that is written and read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Tensors begin at multiples of this many bytes.
 pub const DATA_ALIGN: usize = 64;
 const PROLOGUE_BYTES: usize = 32;
@@ -183,13 +186,14 @@ impl<'a> Packed<'a> {
         self.bytes.split_at_checked(packed_len(n, k)?.checked_mul(count)?)
     }
 
-    /// The scales of a ternary tensor as float32, [matrices, padded rows, ceil(k / group)]; `None` for others.
+    /// The scales of a ternary tensor as float32, [matrices, padded rows, ceil(k / group)] row-major; `None` for others.
     pub fn scales(&self) -> Option<Vec<f32>> {
         let Encoding::Ternary { group, scales } = self.encoding else { return None };
         let [count, n, k] = matrices(self.shape)?;
         let (_, bytes) = self.ternary()?;
         let shape = [count, padded(n, k)?.0, k.div_ceil(group)];
-        Some(TensorView::new(scales.dtype(), &shape, bytes).ok()?.to_f32())
+        let stored = TensorView::new(scales.dtype(), &shape, bytes).ok()?.to_f32();
+        Some(unblock_scales(&stored, shape[2]))
     }
 
     /// The values as float32 in the logical shape; a ternary tensor becomes scale times code.

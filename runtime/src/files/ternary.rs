@@ -110,6 +110,27 @@ pub fn pack_ternary(codes: &[i8], n: usize, k: usize) -> Vec<u8> {
     packed
 }
 
+/// Scales [n, per_row] row-major in blocks of 32 rows, `[n rounded up to 32 / 32][per_row][32]`; those of padding rows are zero.
+pub fn block_scales(scales: &[f32], per_row: usize) -> Vec<f32> {
+    let rows = scales.len() / per_row.max(1);
+    let mut blocked = vec![0.0; rows.next_multiple_of(BLOCK_ROWS) * per_row];
+    for (i, &scale) in scales.iter().enumerate() {
+        blocked[blocked_at(i, per_row)] = scale;
+    }
+    blocked
+}
+
+/// The inverse of [`block_scales`], padding rows included.
+pub fn unblock_scales(blocked: &[f32], per_row: usize) -> Vec<f32> {
+    (0..blocked.len()).map(|i| blocked[blocked_at(i, per_row)]).collect()
+}
+
+/// Where scale `i` of rows of `per_row` lies among blocked ones.
+fn blocked_at(i: usize, per_row: usize) -> usize {
+    let (row, group) = (i / per_row, i % per_row);
+    (row / BLOCK_ROWS * per_row + group) * BLOCK_ROWS + row % BLOCK_ROWS
+}
+
 /// The inverse of [`pack_ternary`]: codes [n, k] row-major, padding dropped. `None` when `packed` has another length than
 /// [`packed_len`], or holds the value 3, which is no code, or a weight in its padding.
 pub fn unpack_ternary(packed: &[u8], n: usize, k: usize) -> Option<Vec<i8>> {

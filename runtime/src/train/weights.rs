@@ -237,10 +237,10 @@ impl WeightFile {
             )));
         };
         let size = match *shape {
-            [.., n, k] => packed_len(n, k).zip(padded(n, k)).map(|(len, padded)| (n, k, len, padded.0)),
+            [.., n, k] => packed_len(n, k).zip(padded(n, k)).map(|(len, padded)| (k, len, padded.0)),
             _ => None,
         };
-        let Some((n, k, len, rows)) = size else {
+        let Some((k, len, rows)) = size else {
             return Err(self.wrong(format!("tensor `{name}` has shape {shape:?}, expected matrices")));
         };
         let (lead, per_row) = (&shape[..shape.len() - 2], k.div_ceil(group));
@@ -253,19 +253,15 @@ impl WeightFile {
             exec.bind_weight(&weight.name, &ty, part(0..codes)?)?;
             return Ok(());
         }
-        let ty = Type::f32(&[lead, &[n, per_row]].concat());
+        let ty = Type::f32(&[lead, &[rows / 32, per_row, 32]].concat());
         self.check_shape(name, &ty.dims, &weight.ty.dims)?;
-        if scales == ScaleEncoding::F32 && (count == 1 || n == rows) {
-            exec.bind_weight(&weight.name, &ty, part(codes..codes + ty.bytes())?)?;
+        let stored = part(codes..bytes.len())?;
+        if scales == ScaleEncoding::F32 {
+            exec.bind_weight(&weight.name, &ty, stored)?;
             return Ok(());
         }
-        // Rows of padding lie between the matrices, or the scales are narrow.
-        let stored = part(codes..bytes.len())?;
-        let dtype = if scales == ScaleEncoding::F32 { DType::F32 } else { DType::BF16 };
-        let stored = Float { dtype, shape: &[], bytes: stored };
-        let values = stored.values();
-        let wanted: Vec<f32> = values.chunks_exact(rows * per_row).flat_map(|m| &m[..n * per_row]).copied().collect();
-        Ok(exec.set_weight(&weight.name, &ty.dims, &wanted)?)
+        let narrow = Float { dtype: DType::BF16, shape: &[], bytes: stored };
+        Ok(exec.set_weight(&weight.name, &ty.dims, &narrow.values())?)
     }
 }
 
@@ -344,16 +340,16 @@ fn few(names: &[&str]) -> String {
 mod tests {
     use super::*;
     use crate::exec::ExecOptions;
-    use crate::files::b158::{self, Entry, ScaleMode, Ternary, pack_ternary, ternarise};
+    use crate::files::b158::{self, Entry, ScaleMode, Ternary, block_scales, pack_ternary, ternarise};
     use chimera_ir::plan::{BufferDecl, Place, Plan};
 
     /// A plan of packed weights alone: three matrices [5, 70] together and one apart, scales for 32 columns.
     fn executable() -> Executable {
         let types = [
             ("x.*.w.codes", Type::new(ElementType::U8, &[3, 1, 32, 32])),
-            ("x.*.w.alpha", Type::f32(&[3, 5, 3])),
+            ("x.*.w.alpha", Type::f32(&[3, 1, 3, 32])),
             ("y.codes", Type::new(ElementType::U8, &[1, 32, 32])),
-            ("y.alpha", Type::f32(&[5, 3])),
+            ("y.alpha", Type::f32(&[1, 3, 32])),
         ];
         let weight =
             |(name, ty): &(&str, Type)| WeightDecl { name: (*name).into(), ty: ty.clone(), kind: WeightKind::Packed };
@@ -375,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_stay_in_the_file_and_scales_lose_their_padding() {
+    fn codes_stay_in_the_file_and_so_do_wide_scales() {
         let folder = tempfile::tempdir().expect("folder");
         let (path, all) = (folder.path().join("w.b158"), matrices());
         for scales in [ScaleEncoding::F32, ScaleEncoding::Bf16] {
@@ -390,13 +386,14 @@ mod tests {
             let stored = |x: f32| if scales == ScaleEncoding::F32 { x } else { half::bf16::from_f32(x).to_f32() };
             assert_eq!(exec.weight::<u8>("x.*.w.codes").expect("set"), all.iter().flat_map(codes).collect::<Vec<_>>());
             assert_eq!(exec.weight::<u8>("y.codes").expect("set"), codes(&all[1]));
-            let alphas: Vec<f32> = all.iter().flat_map(|t| &t.scales).map(|&x| stored(x)).collect();
+            let blocked = |t: &Ternary| block_scales(&t.scales, 3).into_iter().map(stored);
+            let alphas: Vec<f32> = all.iter().flat_map(blocked).collect();
             assert_eq!(exec.weight::<f32>("x.*.w.alpha").expect("set"), alphas);
-            assert_eq!(exec.weight::<f32>("y.alpha").expect("set"), &alphas[15..30]);
+            assert_eq!(exec.weight::<f32>("y.alpha").expect("set"), &alphas[96..192]);
             // Codes, and scales that need no change, have no copy.
-            let (narrow, stack, single) = (scales == ScaleEncoding::Bf16, 3 * 5 * 3 * 4, 5 * 3 * 4);
-            assert_eq!(exec.bytes() - before, stack + if narrow { single } else { 0 });
-            assert_eq!(exec.mapped_bytes(), 4 * 1024 + if narrow { 0 } else { single });
+            let (narrow, all) = (scales == ScaleEncoding::Bf16, 4 * 96 * 4);
+            assert_eq!(exec.bytes() - before, if narrow { all } else { 0 });
+            assert_eq!(exec.mapped_bytes(), 4 * 1024 + if narrow { 0 } else { all });
         }
     }
 

@@ -9,7 +9,7 @@ use crate::{
     ops::pack_ternary::BLOCK_ROWS,
 };
 
-/// The codes of word `k` by lane: those of one weight row, or of four with eight rows between them.
+/// The codes of word `k` by lane: those of one weight row, or of four with eight rows between them, those of every other one times 4.
 pub(super) type Codes<'f> = &'f dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> Vec<Expr>;
 
 /// Bytes of a line of memory.
@@ -61,6 +61,8 @@ pub(super) struct Chains<'a> {
     pub(super) place: &'a Place,
     pub(super) lane: &'a Expr,
     pub(super) at: &'a Expr,
+    /// Where the scales of the block begin.
+    pub(super) alpha: &'a Expr,
     pub(super) codes: Codes<'a>,
     /// The packed codes that are read, and the first word of the block, if they are asked for ahead.
     pub(super) packed: Option<(Buf, &'a Expr)>,
@@ -122,8 +124,8 @@ impl Chains<'_> {
     }
 
     fn alpha(&self, b: &Expr, q: usize) -> Expr {
-        let at = (b + self.w * self.parts.s.nb) * BLOCK_ROWS + &self.place.alpha + self.at + 8 * q;
-        Expr::load(self.parts.alpha, at)
+        let at = b * BLOCK_ROWS + self.alpha + &self.place.alpha + self.at + 8 * q;
+        Expr::load(self.parts.weights[self.w].1, at)
     }
 
     /// The pieces of weight group `b`; the last one has `last` words.
@@ -179,7 +181,9 @@ impl Chains<'_> {
             let scale = if parts.op.block == 0 { int(0) } else { c.clone() };
             let scale = Expr::load(parts.scales, a + scale + r * s.nc);
             // Codes are one above the weights, so the sum of the activations comes off.
-            let product = Expr::from(products[i]) + Expr::load(parts.sums, sums + &c + r * s.pieces());
+            let product = Expr::from(products[i]);
+            let product = if q % 2 == 1 { product.sar(2) } else { product };
+            let product = product + Expr::load(parts.sums, sums + &c + r * s.pieces());
             let before = if is_first { f32c(0.0) } else { Expr::load(parts.part, self.part(r, q)) };
             let sum = scale.fma(product.cast(Ty::F32), before);
             if !is_last {

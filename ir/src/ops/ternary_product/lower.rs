@@ -34,8 +34,6 @@ pub(super) struct Parts<'a> {
     alphas: Vec<usize>,
     /// Sums of the codes of each piece of each row of the instance.
     pub(super) sums: Buf,
-    /// Scales of the current block of each weight, `[weight][group][32]`.
-    pub(super) alpha: Buf,
     /// Unpacked codes of the current block of each weight, words `[weight][half][width / 4][16]`: lane `l` of half `h` is row
     /// `16 h + l`.
     panel: Buf,
@@ -60,9 +58,10 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
         codes: cx.buf(0),
         scales: cx.buf(1),
         weights: (0..n).map(|w| (cx.buf(TernaryProduct::packed(w)), cx.buf(TernaryProduct::packed(w) + 1))).collect(),
-        alphas: (0..n).map(|w| types[TernaryProduct::packed(w) + 1].rows() / op.m).collect(),
+        alphas: (0..n)
+            .map(|w| types[TernaryProduct::packed(w) + 1].numel() / (op.m.div_ceil(BLOCK_ROWS) * s.nb * BLOCK_ROWS))
+            .collect(),
         sums: cx.b.scratch("sums", DType::I32, t.rows * s.pieces()),
-        alpha: cx.b.scratch("alpha", DType::F32, n * s.nb * BLOCK_ROWS),
         panel: cx.b.scratch("panel", DType::I32, panel),
         tile: cx.b.scratch("tile", DType::F32, n * kept * BLOCK_ROWS),
         part: cx.b.scratch("part", DType::F32, part * BLOCK_ROWS),
@@ -79,7 +78,6 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
     instances.emit(cx, &|cx, lo, hi| parts.row_sums(cx, lo, hi), &|cx, part| {
         let [lo, hi] = part.blocks;
         cx.each(lo, hi, |cx, ob| {
-            parts.scales(cx, part.group, &ob);
             if t.columns > 0 {
                 return parts.in_columns(cx, &part, &ob);
             }
@@ -93,6 +91,12 @@ pub(super) fn lower(op: &TernaryProduct, cx: &mut Lower<'_>) {
             });
         });
     });
+}
+
+/// The codes of four columns of one row of group `q` of a packed word, times 4 where `q` is odd: that saves every other shift.
+fn unpack_times(word: &Expr, q: usize) -> Expr {
+    let word = if q < 2 { word.clone() } else { word.clone().shr(4) };
+    word & i32c(if q.is_multiple_of(2) { 0x0303_0303 } else { 0x0c0c_0c0c })
 }
 
 /// The codes of four columns of one row of group `q` of a packed word.
@@ -120,23 +124,10 @@ impl Parts<'_> {
         });
     }
 
-    /// Bring the scales of block `ob` into lane order.
-    fn scales(&self, cx: &mut Lower<'_>, g: &Expr, ob: &Expr) {
-        let (s, m) = (self.s, self.op.m);
-        for (w, (&(_, alpha), &alphas)) in self.weights.iter().zip(&self.alphas).enumerate() {
-            let lead = g / (self.s.groups / alphas) * m;
-            let row = cx.b.bind(ob * BLOCK_ROWS);
-            let base = cx.b.bind((lead + &row) * s.nb);
-            let count = cx.b.bind((int(m) - row).min(int(BLOCK_ROWS)));
-            cx.each(0, s.nb, |cx, b| {
-                let to = cx.b.bind((&b + w * s.nb) * BLOCK_ROWS);
-                let from = cx.b.bind(&base + b);
-                cx.lanes(0, count.clone(), 1, |cx, o| {
-                    cx.b.store(self.alpha, &to + &o, Expr::load(alpha, &from + o * s.nb));
-                });
-                cx.lanes(count.clone(), BLOCK_ROWS, 1, |cx, o| cx.b.store(self.alpha, &to + o, f32c(0.0)));
-            });
-        }
+    /// Where the scales of block `ob` of group `g` of weight `w` begin.
+    fn scales_base(&self, g: &Expr, ob: &Expr, w: usize) -> Expr {
+        let lead = g / (self.s.groups / self.alphas[w]);
+        (lead * self.op.m.div_ceil(BLOCK_ROWS) + ob) * (self.s.nb * BLOCK_ROWS)
     }
 
     /// Unpack `words` words of four columns of block `ob` into the panel, from word `first` on.
@@ -198,6 +189,8 @@ impl Parts<'_> {
     fn tile(&self, cx: &mut Lower<'_>, g: &Expr, ob: &Expr, place: &Place, rows: usize, units: Option<(usize, bool)>) {
         let width = self.t.width(&self.s) / 4;
         for w in 0..self.op.n_weights {
+            let alpha = cx.b.bind(self.scales_base(g, ob, w));
+            let alpha = &alpha;
             if self.t.panel {
                 cx.each(0, 2, |cx, half| {
                     let from = cx.b.bind(&half * (width * HALF) + w * (width * BLOCK_ROWS));
@@ -205,7 +198,7 @@ impl Parts<'_> {
                     let codes: Codes<'_> = &|_, k, lane| vec![Expr::load(self.panel, k * HALF + lane + &from)];
                     cx.lanes(0, HALF, 2, |cx, lane| {
                         let at = cx.b.bind(first + &lane);
-                        Chains { parts: self, w, rows, place, lane: &lane, at: &at, codes, packed: None }
+                        Chains { parts: self, w, rows, place, lane: &lane, at: &at, alpha, codes, packed: None }
                             .emit(cx, units);
                     });
                 });
@@ -215,11 +208,12 @@ impl Parts<'_> {
             let packed = self.weights[w].0;
             let codes: Codes<'_> = &|cx, k, lane| {
                 let word = cx.b.bind(Expr::word(packed, k * 8 + lane + &from));
-                (0..4).map(|q| unpack(&word, q)).collect()
+                (0..4).map(|q| unpack_times(&word, q)).collect()
             };
             let ahead = (self.t.ahead > 0).then_some((packed, &from));
             cx.lanes(0, 8, 1, |cx, lane| {
-                Chains { parts: self, w, rows, place, lane: &lane, at: &lane, codes, packed: ahead }.emit(cx, units);
+                Chains { parts: self, w, rows, place, lane: &lane, at: &lane, alpha, codes, packed: ahead }
+                    .emit(cx, units);
             });
         }
     }

@@ -215,7 +215,6 @@ impl Tiling {
             unpacked: (unpacks * weights * s.np) as u64,
             loads: loads as u64,
             combined: (s.rows * s.pieces() * weights + kept) as u64,
-            moved: (parts.max(s.groups) * weights * s.nb) as u64,
             summed: (instances * self.rows * s.np / 32) as u64,
             passes: vec![pass],
             outside: (weights / 4 * s.np * s.leads) as u64,

@@ -198,12 +198,12 @@ fn codes_of_value_three_are_refused_in_spite_of_a_right_checksum() {
 #[test]
 fn other_files_get_a_sentence() {
     let (mut bytes, _) = sample();
-    bytes[8] = 2;
+    bytes[8] = 3;
     let cases: [(&[u8], u8, &str); 5] = [
         (b"", 5, "does not begin as a .b158 file"),
         (b"GGUF....................................", 5, "does not begin as a .b158 file"),
         (&MAGIC, 5, "ends inside its header, after 8 bytes"),
-        (&bytes, 1, "found .b158 version 2, this program reads version 1"),
+        (&bytes, 1, "found .b158 version 3, this program reads version 2"),
         (&sample().0[..100], 5, "it has 100 bytes, expected"),
     ];
     for (bytes, code, sentence) in cases {

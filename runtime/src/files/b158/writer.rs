@@ -4,7 +4,7 @@
 
 use super::{
     CHECKSUM_BYTES, DATA_ALIGN, Encoding, MAGIC, MAX_RANK, MAX_TABLE_BYTES, PROLOGUE_BYTES, ScaleEncoding, Ternary,
-    VERSION, pack_ternary,
+    VERSION, block_scales, pack_ternary,
 };
 use crate::files::tensor::f32_bytes;
 use crate::files::{FileError, atomic};
@@ -67,12 +67,11 @@ impl<'a> Entry<'a> {
         let group = weights[0].group;
         let per_row = k.div_ceil(group.max(1));
         let (mut bytes, mut values) = (vec![], vec![]);
-        for (i, part) in weights.iter().enumerate() {
+        for part in weights {
             let count = n.checked_mul(per_row);
             assert_eq!((part.group, Some(part.scales.len())), (group, count), "one scale per row and group");
             bytes.extend(pack_ternary(&part.codes, n, k));
-            values.extend_from_slice(&part.scales);
-            values.resize((i + 1) * n.next_multiple_of(32) * per_row, 0.0);
+            values.extend(block_scales(&part.scales, per_row));
         }
         match scales {
             ScaleEncoding::F32 => bytes.extend_from_slice(&f32_bytes(&values)),

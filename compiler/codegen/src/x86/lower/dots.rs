@@ -1,9 +1,9 @@
 //! Loops that only add byte products: sums of 16 bits in the loop, of 32 bits behind it.
 //!
-//! Codes are at most 3, so one step adds at most `2 * 3 * 128` to a sum of 16 bits: [`STEPS`] steps are exact, and exact sums may be
-//! formed in any order.
+//! With codes of at most `c` one step adds at most `2 * 128 c` to a sum of 16 bits, so that `128 / c` steps are exact, and exact sums
+//! may be formed in any order.
 
-use chimera_ir::loops::{Expr, Stmt, Ty, Var};
+use chimera_ir::loops::{Bin, Expr, Stmt, Ty, Var};
 
 use super::super::build::NEW;
 use super::super::flat::{Class, Op, Reg, VecArg, VecOp};
@@ -11,21 +11,38 @@ use super::{Bound, Lower, Slot};
 use crate::shape::Shape;
 use crate::walk::{self, Counts};
 
-/// Additions that cannot overflow: `42 * 768 < 2^15`.
-const STEPS: i64 = 42;
-/// Additions of a part of a longer loop.
-const PART: i64 = 32;
+/// What a code comes to at most.
+const CODE: i64 = 2;
+
+/// The additions of products with `codes` that fit 16 bits, where `body` says what the codes are; see [`Expr::Dot4`].
+fn steps(codes: &Expr, body: &[Stmt]) -> i64 {
+    let mut value = codes.clone();
+    if let Expr::Var(v) = codes {
+        walk::stmts(body, &mut |s| match s {
+            Stmt::Let(of, e) if of == v => value = e.clone(),
+            _ => {}
+        });
+    }
+    let most = match value {
+        Expr::Bin(Bin::And, _, mask) => match *mask {
+            Expr::I32(mask) => mask.to_le_bytes().iter().map(|&b| i64::from(b as u8) * 2 / 3).fold(1, i64::max),
+            _ => CODE,
+        },
+        _ => CODE,
+    };
+    (1 << 15) / (2 * 128 * most)
+}
 
 impl Lower<'_> {
     /// Lower the loop in this way, if it is one whose byte products deserve it.
     pub(super) fn dots_loop(&mut self, var: Var, lo: Bound, trips: Option<i64>, step: i64, body: &[Stmt]) -> bool {
         let Some(trips) = trips.filter(|&n| n > 1 && !self.has_dot) else { return false };
-        let (sums, each) = self.byte_sums(body);
-        let part = PART / each;
+        let (sums, each, steps) = self.byte_sums(body);
+        let part = steps / each;
         if sums.is_empty() || part == 0 {
             return false;
         }
-        let whole = trips * each <= STEPS;
+        let whole = trips <= part;
         self.keep_zeros(|v| whole && sums.contains(&v));
         if whole {
             self.in_halves(var, lo, trips, step, body, &sums);
@@ -84,17 +101,21 @@ impl Lower<'_> {
         }
     }
 
-    /// Variables that the loop changes only by adding byte products, and how many it adds to one of them at most.
-    fn byte_sums(&self, body: &[Stmt]) -> (Vec<Var>, i64) {
-        let Some(wide) = &self.wide else { return (vec![], 1) };
+    /// Variables that the loop changes only by adding byte products, how many it adds to one of them at most, and how many additions
+    /// are exact.
+    fn byte_sums(&self, body: &[Stmt]) -> (Vec<Var>, i64, i64) {
+        let Some(wide) = &self.wide else { return (vec![], 1, 0) };
         let here = Counts::of(body, self.kernel.vars.len());
         let mut found: Vec<(Var, u32)> = vec![];
-        let mut other = false;
+        let (mut other, mut exact) = (false, i64::MAX);
         walk::stmts(body, &mut |s| match s {
-            Stmt::Let(v, Expr::Dot4(acc, ..)) if **acc == Expr::Var(*v) => match found.iter_mut().find(|f| f.0 == *v) {
-                Some(known) => known.1 += 1,
-                None => found.push((*v, 1)),
-            },
+            Stmt::Let(v, Expr::Dot4(acc, codes, _)) if **acc == Expr::Var(*v) => {
+                exact = exact.min(steps(codes, body));
+                match found.iter_mut().find(|f| f.0 == *v) {
+                    Some(known) => known.1 += 1,
+                    None => found.push((*v, 1)),
+                }
+            }
             Stmt::Let(..) | Stmt::Prefetch(..) => {}
             _ => other = true,
         });
@@ -103,10 +124,10 @@ impl Lower<'_> {
             alone && wide.lanes.var(v) == Shape::Varying
         });
         if other {
-            return (vec![], 1);
+            return (vec![], 1, 0);
         }
         let most = found.iter().map(|f| i64::from(f.1)).max().unwrap_or(0);
-        (found.into_iter().map(|f| f.0).collect(), most.max(1))
+        (found.into_iter().map(|f| f.0).collect(), most.max(1), exact)
     }
 
     fn in_halves(&mut self, var: Var, lo: Bound, trips: i64, step: i64, body: &[Stmt], sums: &[Var]) {
