@@ -22,6 +22,8 @@ use super::{Candidate, Entry, Table, Tuning, predict};
 const BURST: Duration = Duration::from_micros(1000);
 /// Rounds of bursts at most.
 const ROUNDS: usize = 16;
+/// Bursts after which a variant may be given up: one alone may have been disturbed.
+const SURE: usize = 3;
 /// Variants slower than the best by this factor take no part in later rounds.
 const BEHIND: f64 = 1.25;
 /// Weights come from memory when all copies of them together have so many bytes.
@@ -168,7 +170,7 @@ fn measure(
     for round in 0..ROUNDS {
         let best = times.iter().map(|t| typical(t)).fold(f64::INFINITY, f64::min);
         for (which, times) in times.iter_mut().enumerate() {
-            if round > 1 && typical(times) > best * BEHIND {
+            if times.len() >= SURE && typical(times) > best * BEHIND {
                 continue;
             }
             let n = repeats[which];
@@ -183,7 +185,7 @@ fn measure(
                 return Ok(None);
             }
         }
-        if round > 2 && Instant::now() >= until {
+        if round > SURE && Instant::now() >= until {
             break;
         }
     }

@@ -21,7 +21,7 @@ const PANEL_FROM: usize = 12;
 /// Rows for each group of weights beyond which unpacking in registers is never worth a thought.
 const UNPACK_TO: usize = 24;
 /// Columns of a panel, where it does not hold all of them.
-const COLUMNS: [usize; 3] = [1024, 512, 2048];
+const COLUMNS: [usize; 2] = [512, 1024];
 /// Instances that keep the threads of a machine busy; the first is enough for a small one.
 const INSTANCES: [usize; 3] = [4, 2, 16];
 /// Weight blocks of an instance share the sums of its rows.
@@ -201,7 +201,6 @@ impl Tiling {
         // Panels are gone through in two halves, each by vectors of activations and two of codes.
         let loads = if self.panel { (2 * s.rows + 4 * tiles) * words } else { (s.rows + tiles) * words };
         let stretches = s.np.div_ceil(self.width(s));
-        let kept = if self.columns > 0 { 2 * s.rows * weights * stretches } else { 0 };
         let pass = match self.panel {
             true => Pass {
                 bytes: (self.width(s) * (BLOCK_ROWS / 2 + self.tile)) as u64,
@@ -214,7 +213,7 @@ impl Tiling {
             flops: 0,
             unpacked: (unpacks * weights * s.np) as u64,
             loads: loads as u64,
-            combined: (s.rows * s.pieces() * weights + kept) as u64,
+            combined: (s.rows * s.pieces() * weights) as u64,
             summed: (instances * self.rows * s.np / 32) as u64,
             passes: vec![pass],
             outside: (weights / 4 * s.np * s.leads) as u64,
