@@ -152,8 +152,11 @@ impl SpanKnot {
             let p = d.next_power_of_two();
             return Err(format!("{} bits for {d} columns, expected a multiple of {p}, at least {ROTATION}", self.bits));
         }
-        if self.bits as f64 * self.greatest_gain(d) > f64::from(i32::MAX) {
-            return Err("the weights are too large for exact integers, expected about one".to_owned());
+        let most = self.bits.next_power_of_two() as f64 * (self.greatest_gain(d) + 2.0).max(256.5 * (d as f64).sqrt());
+        if most > f64::from(i32::MAX) {
+            return Err(
+                "the weights or the bits are too large for exact integers, expected about one and 8192".to_owned()
+            );
         }
         if !(0.0..=1.0).contains(&self.fraction) {
             return Err(format!("fraction {}, expected 0 to 1", self.fraction));
@@ -264,6 +267,9 @@ impl OpDef for SpanKnot {
             of(192, 1, 0.02, false, [1, 2, 50]),
             of(64, 3, 0.01, false, [1, 2, 1]),
             of(64, 0, 0.5, true, [1, 2, 8]),
+            // As many transforms as lanes, and tokens that make it worth while to have them side by side.
+            of(128, 3, 0.05, true, [2, 9, 13]),
+            of(512, 3, 0.02, false, [1, 70, 20]),
         ]
     }
 

@@ -355,6 +355,55 @@ fn locals_that_outlive_their_loop_block() {
 }
 
 #[test]
+fn a_copy_keeps_what_a_variable_was() {
+    let mut b = Builder::new("copies");
+    let x = b.buf("x", DType::I32, 24, Role::In);
+    let y = b.buf("y", DType::F32, 24, Role::In);
+    let z = b.buf("z", DType::I32, 26, Role::Out);
+    let w = b.buf("w", DType::F32, 24, Role::Out);
+    let n = b.local(Expr::load(x, 3));
+    let before = b.local(n);
+    b.each(0, 3, |b, _| b.set(n, n + i32c(7)));
+    b.store(z, 24, before);
+    b.store(z, 25, n);
+    b.lanes(0, 24, 1, |b, i| {
+        let (n, f) = (b.local(Expr::load(x, &i)), b.local(Expr::load(y, &i)));
+        let (n_before, f_before) = (b.local(n), b.local(f));
+        b.each(0, 3, |b, _| {
+            b.set(n, n + i32c(7));
+            b.set(f, f + f32c(0.5));
+        });
+        b.store(z, &i, Expr::from(n_before) ^ n);
+        b.store(w, i, Expr::from(f_before) * f);
+    });
+    check(&b.finish());
+}
+
+#[test]
+fn codes_may_be_masked_in_place() {
+    for steps in [8, 16, 40] {
+        let mut b = Builder::new(format!("masked {steps}"));
+        let codes = b.buf("codes", DType::U8, 4 * 16 * steps, Role::In);
+        let x = b.buf("x", DType::I8, 4 * steps, Role::In);
+        let z = b.buf("z", DType::I32, 32, Role::Out);
+        b.lanes(0, 16, 1, |b, j| {
+            let sums = [b.local(i32c(0)), b.local(i32c(1))];
+            b.each(0, steps, |b, k| {
+                let word = b.bind(Expr::word(codes, &k * 16 + &j));
+                // The same codes in place and two bits further up.
+                let masked = [word.clone() & i32c(0x0303_0303), word.shl(2) & i32c(0x0c0c_0c0c)];
+                for (sum, code) in sums.into_iter().zip(masked) {
+                    let code = b.bind(code);
+                    b.set(sum, Expr::from(sum).dot4(code, Expr::word(x, &k)));
+                }
+            });
+            sums.into_iter().enumerate().for_each(|(n, sum)| b.store(z, &j + 16 * n, sum));
+        });
+        check(&b.finish());
+    }
+}
+
+#[test]
 fn wide_integers_and_doubles_run_lane_by_lane() {
     let mut b = Builder::new("wide");
     let x = b.buf("x", DType::I32, 30, Role::In);

@@ -4,7 +4,7 @@ use crate::support::product;
 use chimera_codegen::{Allowed, CodegenError, Target, assemble, compile, disassemble, host};
 use chimera_ir::loops::{Builder, Expr, Kernel, Role, f32c, i32c};
 use chimera_ir::lower::Cluster;
-use chimera_ir::ops::{GatedDelta, Mlstm, TernaryProduct, TitansMemory, WindowAttention, packed_type};
+use chimera_ir::ops::{GatedDelta, Mlstm, TernaryProduct, TitansMemory, WindowAttention, blocked_type, packed_type};
 use chimera_ir::{DType, Type};
 
 fn one_product(m: usize, k: usize, n: usize) -> Kernel {
@@ -125,7 +125,7 @@ fn under_pressure() -> Vec<Kernel> {
     let attention = [vec![x.clone(); 4], vec![slots; 2], vec![x.clone(); 2], vec![pos.clone()]].concat();
     let (m, n, k) = (66, 256, 256);
     let packed = packed_type(&Type::f32(&[n, k]));
-    let scales = [Type::f32(&[m, k / 64]), Type::f32(&[n, k / 128])];
+    let scales = [Type::f32(&[m, k / 64]), blocked_type(&Type::f32(&[n, k / 128]))];
     let product = [Type::new(DType::I8, &[m, k]), scales[0].clone(), packed, scales[1].clone()];
     vec![
         of_op(GatedDelta { heads, chunk: 64, carry: false }, &operands(3, 2)),

@@ -70,7 +70,7 @@ impl Guarded {
     }
 }
 
-/// Start contents of every argument. A byte buffer whose name begins with `codes` holds 0, 1, 2 and 3.
+/// Start contents of every argument. A byte buffer whose name begins with `codes` holds 0, 1 and 2.
 pub(crate) fn contents(kernel: &Kernel, seed: u64) -> Vec<Vec<u8>> {
     let mut r = Random(seed);
     let args = kernel.bufs.iter().filter(|b| b.role != Role::Scratch);
@@ -80,7 +80,7 @@ pub(crate) fn contents(kernel: &Kernel, seed: u64) -> Vec<Vec<u8>> {
                 DType::F32 => r.float().to_le_bytes().to_vec(),
                 DType::F64 => f64::from(r.float()).to_le_bytes().to_vec(),
                 DType::BF16 => r.float().to_le_bytes()[2..].to_vec(),
-                DType::U8 if b.name.starts_with("codes") => vec![(r.bits() & 3) as u8],
+                DType::U8 if b.name.starts_with("codes") => vec![(r.bits() % 3) as u8],
                 dtype => r.bits().to_le_bytes()[..dtype.size()].to_vec(),
             })
             .collect()

@@ -1,7 +1,7 @@
 //! The kernel of [`SpanKnot`]: one instance walks the tokens of one row.
 //!
-//! A flipped bit never opposes its field again, so the candidates of all steps are collected once and a step only takes the best
-//! of those that are left, by bisection on the integer field.
+//! A flipped bit never opposes its field again, so the candidates of all steps are collected once, and a step only finds the threshold
+//! above which those left are the best. A candidate is a key, its field above its rank, greatest for the lowest bit: keys have no ties.
 
 use super::{ROTATION, SpanKnot};
 use crate::{
@@ -15,6 +15,38 @@ use crate::{
 
 /// Stages of the transform that one pass over memory does in registers.
 const RADIX: usize = 8;
+/// From this many transforms on, one vector holds an element of each; from this many tokens on, tables in that order pay.
+const SIDE_BY_SIDE: usize = 8;
+
+/// Where bit `k P + j`, element `j` of transform `k`, lies.
+#[derive(Clone, Copy)]
+struct Layout {
+    n: usize,
+    p: usize,
+    /// 1: in order. Else the number of transforms, and the bit lies at `j inner + k`.
+    inner: usize,
+}
+
+impl Layout {
+    fn of(op: &SpanKnot, d: usize, tokens: usize) -> Layout {
+        let (n, p) = (op.bits, d.next_power_of_two());
+        let inner = if n / p >= SIDE_BY_SIDE && tokens >= SIDE_BY_SIDE { n / p } else { 1 };
+        Layout { n, p, inner }
+    }
+
+    /// Bring a table that lies in order into the layout; `back` the other way.
+    fn copy(&self, cx: &mut Lower<'_>, from: (Buf, &Expr), to: (Buf, &Expr), back: bool) {
+        let Layout { p, inner, .. } = *self;
+        cx.each(0, p, |cx, j| {
+            cx.each(0, inner, |cx, k| {
+                let (bit, here) = (cx.bind(&k * p + &j), cx.bind(&j * inner + k));
+                let (source, target) = if back { (here, bit) } else { (bit, here) };
+                let x = Expr::load(from.0, from.1 + source);
+                cx.store(to.0, to.1 + target, x);
+            });
+        });
+    }
+}
 
 struct Bufs {
     signs: Buf,
@@ -23,88 +55,143 @@ struct Bufs {
     row: Expr,
     x: Buf,
     a: Buf,
-    bound: Buf,
-    /// Fields of the candidates, ascending by bit.
-    gain: Buf,
-    /// Bits of the candidates.
-    bit: Buf,
-    /// End minus start.
-    flipped: Buf,
+    filler: Buf,
+    /// The role vector behind its last [`ROTATION`] elements.
+    role: Buf,
+    /// `n - 1 - bit`.
+    rank: Buf,
+    /// Keys of all bits, 0 of those that no step flips.
+    key: Buf,
+    /// Keys of the candidates.
+    left: Buf,
 }
 
-/// Exact sums of start sign times sketch, coherence and binding vector; each flip lowers them by twice its part.
-struct Sums {
-    auto: Var,
-    coherence: Var,
-    binding: Var,
+/// What is true of one token.
+struct Token {
+    index: Expr,
+    first: Expr,
+    /// Where the turned role vector begins.
+    turned: Expr,
+    rho: Expr,
 }
 
 pub(super) fn lower(op: &SpanKnot, cx: &mut Lower<'_>) {
     let [rows, tokens, d] = cx.ty(0).dims[..] else { unreachable!("infer accepted three dimensions") };
-    let (n, p) = (op.bits, d.next_power_of_two());
-    let [h, emb, pos, signs, role] = [0, 1, 2, 3, 4].map(|k| cx.buf(k));
+    let lay = Layout::of(op, d, tokens);
+    let Layout { n, p, inner } = lay;
+    let [h, emb, pos, mut signs, role] = [0, 1, 2, 3, 4].map(|k| cx.buf(k));
     let r = cx.grid(rows);
     let x = cx.scratch("x", DType::I32, p);
-    let a = cx.scratch("sketch", DType::I32, n);
-    let bound = cx.scratch("bound", DType::I8, n);
-    let turned = cx.scratch("turned", DType::I8, n + ROTATION);
-    let [gain, bit, flipped] = ["gain", "bit", "flipped"].map(|name| cx.scratch(name, DType::I32, n));
+    let [a, filler, rank, key] = ["sketch", "filler", "rank", "key"].map(|name| cx.scratch(name, DType::I32, n));
+    let left = cx.scratch("left", DType::I32, n.next_power_of_two());
+    let turned = cx.scratch("turned", DType::I8, n + ROTATION * inner);
+    let own = !op.carry || inner > 1;
     let (counters, row) =
-        if op.carry { (cx.buf(5), cx.bind(&r * n)) } else { (cx.scratch("counters", DType::I16, n), Expr::from(0)) };
+        if own { (cx.scratch("counters", DType::I16, n), Expr::from(0)) } else { (cx.buf(5), cx.bind(&r * n)) };
+    if inner > 1 {
+        let table = cx.scratch("signs", DType::I8, n);
+        lay.copy(cx, (signs, &Expr::from(0)), (table, &Expr::from(0)), false);
+        signs = table;
+    }
     if !op.carry {
         cx.lanes(0, n, 1, |cx, i| cx.store(counters, i, i32c(0)));
+    } else if own {
+        let state = (cx.buf(5), &cx.bind(&r * n));
+        lay.copy(cx, state, (counters, &row), false);
     }
-    let bufs = Bufs { signs, counters, row, x, a, bound, gain, bit, flipped };
+    let bufs = Bufs { signs, counters, row, x, a, filler, role: turned, rank, key, left };
     cx.lanes(d, p, 1, |cx, j| cx.store(x, j, i32c(0)));
-    cx.lanes(0, ROTATION, 1, |cx, i| cx.store(turned, &i, Expr::load(role, &i + (n - ROTATION))));
-    cx.lanes(0, n, 1, |cx, i| cx.store(turned, &i + ROTATION, Expr::load(role, &i)));
+    fill_role(cx, &lay, role, turned);
+    fill_rank(cx, &lay, rank);
     cx.each(0, tokens, |cx, t| {
-        let token = cx.bind(&r * tokens + t);
-        let pos = cx.bind(Expr::load(pos, &token));
+        let index = cx.bind(&r * tokens + t);
+        let pos = cx.bind(Expr::load(pos, &index));
         let first = cx.bind(pos.clone().eq(i32c(0)));
-        sketch(op, cx, &bufs, emb, &token, d);
         let turn = (pos & i32c(ROTATION as i32 - 1)).cast(Ty::I64);
-        let shift = cx.bind(Expr::from(ROTATION) - turn);
-        cx.lanes(0, n, 1, |cx, i| {
-            let role = cx.bind(Expr::load(turned, &i + &shift));
-            let positive = i32c(0).le(Expr::load(a, &i));
-            cx.store(bound, i, positive.select(&role, -role.clone()));
-        });
-        sketch(op, cx, &bufs, h, &token, d);
+        let turned = cx.bind((Expr::from(ROTATION) - turn) * inner);
+        sketch(op, cx, &bufs, &lay, (emb, filler), &index, d);
+        sketch(op, cx, &bufs, &lay, (h, a), &index, d);
         let squares = cx.sum(0, d, |cx, j| {
             let x = cx.bind(Expr::load(x, j));
             (&x * &x).cast(Ty::F64)
         });
         let rho = cx.bind(squares.sqrt());
-        let flips = relax(op, cx, &bufs, &first, &rho, &token, p);
+        let token = Token { index, first, turned, rho };
+        let (flips, threshold) = relax(op, cx, &bufs, &token, n);
+        // What flips takes the place of the filler.
+        let flipped = filler;
+        let stats = cx.wants(1);
+        if stats {
+            cx.put(1, &token.index * 3, Expr::from(flips).cast(Ty::F32));
+            energy(op, cx, &bufs, &token, Some(threshold), 2);
+        }
         cx.lanes(0, n, 1, |cx, i| {
-            let c = cx.bind(first.clone().select(i32c(0), Expr::load(counters, &bufs.row + &i)));
-            let start = i32c(0).le(Expr::load(a, &i)).select(i32c(1), i32c(-1));
-            let end = start + Expr::load(flipped, &i);
+            let c = cx.bind(token.first.clone().select(i32c(0), Expr::load(counters, &bufs.row + &i)));
+            let start = cx.bind(sign(Expr::load(a, &i)));
+            let flip = cx.bind(Expr::from(threshold).le(Expr::load(key, &i)));
+            let end = cx.bind(flip.select(-start.clone(), &start));
+            cx.store(flipped, &i, &end - start);
             cx.store(counters, &bufs.row + i, &c - c.clone().sar(6) + end.shl(8));
         });
         let scale = f32c(((p * n) as f64).sqrt() as f32);
         cx.if_else(
             i32c(0).lt(flips),
             |cx| {
-                hadamard(cx, flipped, n, p);
-                cx.lanes(0, d, 1, |cx, j| {
-                    let sum = cx.local(i32c(0));
-                    cx.each_step(0, n, p, |cx, k| {
-                        let at = cx.bind(k + &j);
-                        cx.set(sum, sum + Expr::load(flipped, &at) * Expr::load(signs, &at));
-                    });
-                    cx.put(0, &token * d + j, Expr::from(sum).cast(Ty::F32) / scale.clone());
-                });
+                hadamard(cx, &lay, flipped, &|_, _, at| Expr::load(flipped, at));
+                read_back(cx, &lay, &bufs, flipped, &(&token.index * d), d, &scale);
             },
-            |cx| cx.lanes(0, d, 2, |cx, j| cx.put(0, &token * d + j, f32c(0.0))),
+            |cx| cx.lanes(0, d, 2, |cx, j| cx.put(0, &token.index * d + j, f32c(0.0))),
         );
+    });
+    if op.carry && own {
+        let state = (cx.buf(5), &cx.bind(&r * n));
+        lay.copy(cx, (bufs.counters, &bufs.row), state, true);
+    }
+}
+
+fn fill_rank(cx: &mut Lower<'_>, lay: &Layout, rank: Buf) {
+    let Layout { n, p, inner } = *lay;
+    let at = |bit: Expr| (Expr::from(n - 1) - bit).cast(Ty::I32);
+    if inner == 1 {
+        return cx.lanes(0, n, 1, |cx, bit| cx.store(rank, &bit, at(bit.clone())));
+    }
+    cx.each(0, p, |cx, j| {
+        cx.lanes(0, inner, 1, |cx, k| cx.store(rank, &j * inner + &k, at(k * p + &j)));
     });
 }
 
-/// Row `token` of `from` as rounded integers in `x` and their sketch in `a`. Elements of `x` behind the row stay zero.
-fn sketch(op: &SpanKnot, cx: &mut Lower<'_>, bufs: &Bufs, from: Buf, token: &Expr, d: usize) {
-    let (x, a, signs) = (bufs.x, bufs.a, bufs.signs);
+/// 1, or -1 of negative numbers.
+fn sign(x: Expr) -> Expr {
+    x.sar(31) | i32c(1)
+}
+
+/// The role vector, with elements in front so that it turns by an offset.
+fn fill_role(cx: &mut Lower<'_>, lay: &Layout, role: Buf, turned: Buf) {
+    let Layout { n, p, inner } = *lay;
+    if inner == 1 {
+        cx.lanes(0, ROTATION, 1, |cx, i| cx.store(turned, &i, Expr::load(role, &i + (n - ROTATION))));
+        cx.lanes(0, n, 1, |cx, i| cx.store(turned, &i + ROTATION, Expr::load(role, &i)));
+        return;
+    }
+    cx.each(0, p + ROTATION, |cx, j| {
+        cx.each(0, inner, |cx, k| {
+            let bit = cx.bind((&k * p + &j + (n - ROTATION)) % n);
+            cx.store(turned, &j * inner + k, Expr::load(role, bit));
+        });
+    });
+}
+
+/// Row `token` of `from` as rounded integers in `x` and their sketch in `to`. Elements of `x` behind the row stay zero.
+fn sketch(
+    op: &SpanKnot,
+    cx: &mut Lower<'_>,
+    bufs: &Bufs,
+    lay: &Layout,
+    (from, to): (Buf, Buf),
+    token: &Expr,
+    d: usize,
+) {
+    let (x, signs) = (bufs.x, bufs.signs);
     let start = cx.bind(token * d);
     let square = cx.reduce(0, d, |cx, j| {
         let x = cx.bind(Expr::load(from, &start + j));
@@ -116,38 +203,51 @@ fn sketch(op: &SpanKnot, cx: &mut Lower<'_>, bufs: &Bufs, from: Buf, token: &Exp
         let value = cx.bind(value.max(f32c(-32767.0)).min(f32c(32767.0)));
         cx.store(x, j, math::round_to_i32(value));
     });
-    let p = d.next_power_of_two();
-    cx.each_step(0, op.bits, p, |cx, k| {
-        cx.lanes(0, p, 2, |cx, j| {
-            let at = cx.bind(&k + &j);
-            cx.store(a, &at, Expr::load(x, j) * Expr::load(signs, &at));
-        });
-    });
-    hadamard(cx, a, op.bits, p);
+    hadamard(cx, lay, to, &|_, j, at| Expr::load(x, j) * Expr::load(signs, at));
 }
 
-/// Walsh-Hadamard transforms of the runs of `p` of the first `n` elements, in place.
-fn hadamard(cx: &mut Lower<'_>, buf: Buf, n: usize, p: usize) {
-    let mut h = 1;
-    while h < p {
-        let radix = RADIX.min(p / h);
+/// Walsh-Hadamard transforms side by side or one behind the other, of `value(j, at)` for element `j` of the transform that lies at `at`.
+fn hadamard(cx: &mut Lower<'_>, lay: &Layout, buf: Buf, value: &dyn Fn(&mut Lower<'_>, &Expr, &Expr) -> Expr) {
+    let Layout { n, p, inner } = *lay;
+    let radix = RADIX.min(p);
+    cx.each_step(0, n, inner * radix, |cx, base| {
+        let first = cx.bind(if inner == 1 { &base % p } else { &base / inner });
+        let load = |cx: &mut Lower<'_>, l: usize, at: &Expr| value(cx, &(&first + l), at);
+        if inner == 1 {
+            return butterflies(cx, buf, &base, 1, radix, &load);
+        }
+        cx.lanes(0, inner, 1, |cx, k| {
+            let at = cx.bind(&base + k);
+            butterflies(cx, buf, &at, inner, radix, &load);
+        });
+    });
+    let mut h = inner * radix;
+    while h < inner * p {
+        let radix = RADIX.min(inner * p / h);
         cx.each_step(0, n, h * radix, |cx, base| {
-            if h == 1 {
-                butterflies(cx, buf, &base, h, radix);
-            } else {
-                cx.lanes(0, h, 1, |cx, j| {
-                    let at = cx.bind(&base + j);
-                    butterflies(cx, buf, &at, h, radix);
-                });
-            }
+            cx.lanes(0, h, 1, |cx, j| {
+                let at = cx.bind(&base + j);
+                butterflies(cx, buf, &at, h, radix, &|_, _, at| Expr::load(buf, at));
+            });
         });
         h *= radix;
     }
 }
 
-/// The transform of the `radix` elements `at + l h`.
-fn butterflies(cx: &mut Lower<'_>, buf: Buf, at: &Expr, h: usize, radix: usize) {
-    let mut v: Vec<Expr> = (0..radix).map(|l| cx.bind(Expr::load(buf, at + l * h))).collect();
+/// The transform of the `radix` elements at `at + l h`.
+fn butterflies(
+    cx: &mut Lower<'_>,
+    buf: Buf,
+    at: &Expr,
+    h: usize,
+    radix: usize,
+    load: &dyn Fn(&mut Lower<'_>, usize, &Expr) -> Expr,
+) {
+    let mut v: Vec<Expr> = vec![];
+    for l in 0..radix {
+        let x = load(cx, l, &(at + l * h));
+        v.push(cx.bind(x));
+    }
     let mut step = 1;
     while step < radix {
         for i in (0..radix).filter(|i| i & step == 0) {
@@ -161,150 +261,133 @@ fn butterflies(cx: &mut Lower<'_>, buf: Buf, at: &Expr, h: usize, radix: usize) 
     }
 }
 
-/// Fill `flipped`, store the statistics, and return the number of flips as a local.
-fn relax(op: &SpanKnot, cx: &mut Lower<'_>, bufs: &Bufs, first: &Expr, rho: &Expr, token: &Expr, p: usize) -> Var {
-    let (n, a) = (op.bits, bufs.a);
-    let [c2, c3] = op.couplings().map(|c| cx.bind((f64c(c) * rho).nearest().cast(Ty::I32)));
-    let c2 = cx.bind(first.clone().select(i32c(0), c2));
-    cx.lanes(0, n, 1, |cx, i| {
-        let x = cx.bind(Expr::load(a, &i));
-        let coherence = i32c(0).le(Expr::load(bufs.counters, &bufs.row + &i)).select(&c2, -c2.clone());
-        let binding = i32c(0).lt(Expr::load(bufs.bound, &i)).select(&c3, -c3.clone());
-        let field = cx.bind(&x + coherence + binding);
-        let opposed = i32c(0).le(x).select(-field.clone(), field);
-        cx.store(bufs.gain, &i, opposed.max(i32c(0)));
-        cx.store(bufs.flipped, i, i32c(0));
-    });
-    let stats = cx.wants(1);
-    let sums = Sums { auto: cx.local(f64c(0.0)), coherence: cx.local(i32c(0)), binding: cx.local(i32c(0)) };
-    if stats {
-        start_sums(cx, bufs, &sums, n, p);
-        put_energy(op, cx, &sums, first, rho, &(token * 3 + 1usize));
-    }
-    let flips = cx.local(i32c(0));
-    let limit = op.limit() as i32;
-    if op.iters > 0 && limit > 0 {
-        let count = collect(cx, bufs, n);
-        let left = cx.local(count.clone().cast(Ty::I32));
-        let more = cx.local(i32c(1));
-        let greatest = cx.bind(c2.abs() + c3.abs() + i32c(1));
-        let depth = (op.greatest_gain(cx.ty(0).cols()) + 2.0).log2().ceil() as usize;
-        cx.each(0, op.iters, |cx, _| {
-            let go = Expr::from(more).ne(i32c(0)) & i32c(0).lt(left);
-            cx.when(go, |cx| {
-                let threshold = cx.local(i32c(0));
-                let ties = cx.local(i32c(0));
-                cx.when(i32c(limit).lt(left), |cx| {
-                    let above = bisect(cx, bufs, &count, limit, &greatest, depth, threshold);
-                    cx.set(ties, i32c(limit) - above);
-                });
-                let gained = flip(cx, bufs, &count, threshold, ties, &sums, stats);
-                let step = cx.bind(Expr::from(left).min(i32c(limit)));
-                cx.set(flips, flips + &step);
-                cx.set(left, left - step);
-                let delta = f64c(2.0 * op.weights[0]) * Expr::from(gained).cast(Ty::F64) / (f64c(n as f64) * rho);
-                cx.set(more, f64c(op.exit_delta).le(delta).cast(Ty::I32));
-            });
+/// The transforms of what flipped, times the signs, summed over the transforms.
+fn read_back(cx: &mut Lower<'_>, lay: &Layout, bufs: &Bufs, flipped: Buf, to: &Expr, d: usize, scale: &Expr) {
+    let Layout { n, p, inner } = *lay;
+    let product = |at: &Expr| Expr::load(flipped, at) * Expr::load(bufs.signs, at);
+    if inner > 1 {
+        return cx.each(0, d, |cx, j| {
+            let sum = cx.sum(&j * inner, (&j + 1usize) * inner, |_, at| product(&at));
+            cx.put(0, to + j, sum.cast(Ty::F32) / scale.clone());
         });
     }
-    if stats {
-        cx.put(1, token * 3, Expr::from(flips).cast(Ty::F32));
-        put_energy(op, cx, &sums, first, rho, &(token * 3 + 2usize));
-    }
-    flips
+    cx.lanes(0, d, 1, |cx, j| {
+        let sum = cx.local(i32c(0));
+        cx.each_step(0, n, p, |cx, k| {
+            let at = cx.bind(k + &j);
+            cx.set(sum, sum + product(&at));
+        });
+        cx.put(0, to + j, Expr::from(sum).cast(Ty::F32) / scale.clone());
+    });
 }
 
-/// Move the candidates to the front of `gain`, their bits to `bit`; returns how many there are.
+/// Fill `key`; returns locals with the number of flips and the key from which on bits flip.
+fn relax(op: &SpanKnot, cx: &mut Lower<'_>, bufs: &Bufs, token: &Token, n: usize) -> (Var, Var) {
+    let (shift, limit) = (n.next_power_of_two().ilog2() as i32, op.limit() as i32);
+    let [c2, c3] = op.couplings().map(|c| cx.bind((f64c(c) * &token.rho).nearest().cast(Ty::I32)));
+    let c2 = cx.bind(token.first.clone().select(i32c(0), c2));
+    cx.lanes(0, n, 1, |cx, i| {
+        let x = cx.bind(Expr::load(bufs.a, &i));
+        let coherence = i32c(0).le(Expr::load(bufs.counters, &bufs.row + &i)).select(&c2, -c2.clone());
+        let binding = i32c(0).le(bound(bufs, token, &i)).select(&c3, -c3.clone());
+        let field = cx.bind(&x + coherence + binding);
+        let opposed = cx.bind(i32c(0).le(x).select(-field.clone(), field));
+        let key = opposed.clone().shl(shift) | Expr::load(bufs.rank, &i);
+        cx.store(bufs.key, i, i32c(0).lt(opposed).select(key, i32c(0)));
+    });
+    if cx.wants(1) {
+        energy(op, cx, bufs, token, None, 1);
+    }
+    let flips = cx.local(i32c(0));
+    let threshold = cx.local(i32c(i32::MAX));
+    if op.iters == 0 || limit == 0 {
+        return (flips, threshold);
+    }
+    let count = collect(cx, bufs, n);
+    let all = cx.bind(count.clone().cast(Ty::I32));
+    let more = cx.local(i32c(1));
+    let greatest = cx.bind((c2.abs() + c3.abs() + i32c(1)).shl(shift));
+    let depth = (op.greatest_gain(cx.ty(0).cols()) + 2.0).log2().ceil() as usize + shift as usize;
+    cx.each(0, op.iters, |cx, _| {
+        let go = Expr::from(more).ne(i32c(0)) & Expr::from(flips).lt(&all);
+        cx.when(go, |cx| {
+            let before = Expr::from(cx.local(threshold));
+            let wanted = cx.bind((flips + i32c(limit)).min(&all));
+            cx.set(threshold, i32c(1));
+            cx.when(wanted.clone().lt(&all), |cx| {
+                bisect(cx, bufs, &count, &wanted, before.clone().min(&greatest), depth, threshold);
+            });
+            let lowest = cx.bind(threshold);
+            let gained = cx.sum(0, &count, |cx, i| {
+                let key = cx.bind(Expr::load(bufs.left, i));
+                let now = cx.bind(key.clone().lt(&before).select(key.clone().shr(shift), i32c(0)));
+                lowest.clone().le(key).select(now, i32c(0))
+            });
+            cx.set(flips, wanted);
+            let delta = f64c(2.0 * op.weights[0]) * gained.cast(Ty::F64) / (f64c(n as f64) * &token.rho);
+            cx.set(more, f64c(op.exit_delta).le(delta).cast(Ty::I32));
+        });
+    });
+    (flips, threshold)
+}
+
+/// A number with the sign of the binding vector at `i`.
+fn bound(bufs: &Bufs, token: &Token, i: &Expr) -> Expr {
+    Expr::load(bufs.filler, i) ^ Expr::load(bufs.role, i + &token.turned)
+}
+
+/// Move the keys of candidates to the front of `left`; returns how many there are.
 fn collect(cx: &mut Lower<'_>, bufs: &Bufs, n: usize) -> Expr {
     let count = cx.local(Expr::from(0));
     cx.each(0, n, |cx, i| {
-        let gain = cx.bind(Expr::load(bufs.gain, &i));
-        let at = cx.bind(Expr::from(count).min(Expr::from(n - 1)).max(Expr::from(0)));
-        cx.store(bufs.gain, &at, &gain);
-        cx.store(bufs.bit, at, i.cast(Ty::I32));
-        cx.set(count, count + i32c(0).lt(gain).cast(Ty::I64));
+        let key = cx.bind(Expr::load(bufs.key, i));
+        cx.store(bufs.left, Expr::from(count) & Expr::from(n.next_power_of_two() - 1), &key);
+        cx.set(count, count + i32c(0).lt(key).cast(Ty::I64));
     });
-    cx.bind(Expr::from(count).min(Expr::from(n)))
+    cx.bind(Expr::from(count).min(Expr::from(n)).max(Expr::from(0)))
 }
 
-/// Set `threshold` to the field of candidate number `limit`, counted from the greatest; returns how many are above it. More than
-/// `limit` candidates are left.
-fn bisect(
-    cx: &mut Lower<'_>,
-    bufs: &Bufs,
-    count: &Expr,
-    limit: i32,
-    greatest: &Expr,
-    depth: usize,
-    threshold: Var,
-) -> Expr {
-    let at_least = |cx: &mut Lower<'_>, x: &Expr| {
-        let below = cx.bind(x - i32c(1));
-        cx.sum(0, count, |_, i| below.clone().lt(Expr::load(bufs.gain, i)).cast(Ty::I32))
-    };
-    let high = cx.local(greatest);
-    cx.set(threshold, i32c(1));
+/// Set `threshold`, which is 1, to a key from which on there are exactly `wanted` candidates, fewer than there are; from `high` on there
+/// are fewer.
+fn bisect(cx: &mut Lower<'_>, bufs: &Bufs, count: &Expr, wanted: &Expr, high: Expr, depth: usize, threshold: Var) {
+    let high = cx.local(high);
+    let found = cx.local(i32c(0));
     cx.each(0, depth, |cx, _| {
-        let middle = cx.bind((threshold + high).sar(1));
-        let enough = at_least(cx, &middle);
-        let enough = cx.bind(i32c(limit).le(enough));
-        cx.set(threshold, enough.clone().select(&middle, threshold));
-        cx.set(high, enough.select(high, middle));
-    });
-    let next = cx.bind(threshold + i32c(1));
-    at_least(cx, &next)
-}
-
-/// Flip the candidates above the threshold and the first `ties` at it; returns the sum of their fields as a local.
-fn flip(cx: &mut Lower<'_>, bufs: &Bufs, count: &Expr, threshold: Var, ties: Var, sums: &Sums, stats: bool) -> Var {
-    let gained = cx.local(i32c(0));
-    cx.each(0, count, |cx, i| {
-        let gain = cx.bind(Expr::load(bufs.gain, &i));
-        let tie = cx.bind(gain.clone().eq(threshold) & i32c(0).lt(ties));
-        cx.set(ties, ties - tie.clone().cast(Ty::I32));
-        cx.when(Expr::from(threshold).lt(&gain) | tie, |cx| {
-            let last = i32c(cx.decl(bufs.bit).len as i32 - 1);
-            let at = cx.bind(Expr::load(bufs.bit, &i).min(last).max(i32c(0)).cast(Ty::I64));
-            let x = cx.bind(Expr::load(bufs.a, &at));
-            let positive = cx.bind(i32c(0).le(&x));
-            cx.store(bufs.flipped, &at, positive.clone().select(i32c(-2), i32c(2)));
-            cx.store(bufs.gain, &i, i32c(0));
-            cx.set(gained, gained + gain);
-            if stats {
-                let c = Expr::load(bufs.counters, &bufs.row + &at);
-                let bound = cx.bind(Expr::load(bufs.bound, at));
-                cx.set(sums.auto, sums.auto - (x.clone().abs() + x.clone().abs()).cast(Ty::F64));
-                cx.set(sums.coherence, sums.coherence + (x ^ c).lt(i32c(0)).select(i32c(2), i32c(-2)));
-                cx.set(sums.binding, sums.binding + positive.select(-bound.clone() - &bound, &bound + &bound));
-            }
+        cx.when(Expr::from(found).eq(i32c(0)), |cx| {
+            let middle = cx.bind(threshold + (high - Expr::from(threshold)).sar(1));
+            let below = cx.bind(&middle - i32c(1));
+            let above = cx.sum(0, count, |_, i| below.clone().lt(Expr::load(bufs.left, i)).cast(Ty::I32));
+            let above = cx.bind(above);
+            let enough = cx.bind(wanted.clone().le(&above));
+            cx.set(threshold, enough.clone().select(&middle, threshold));
+            cx.set(high, enough.select(high, middle));
+            cx.set(found, above.eq(wanted).cast(Ty::I32));
         });
     });
-    gained
 }
 
-fn start_sums(cx: &mut Lower<'_>, bufs: &Bufs, sums: &Sums, n: usize, p: usize) {
-    // The magnitudes of one transform add up to at most p rho, which fits 32 bits.
-    cx.each_step(0, n, p, |cx, k| {
-        let end = cx.bind(&k + p);
-        let parts = cx.reduce(k, end, |cx, i| {
-            let x = cx.bind(Expr::load(bufs.a, &i));
-            let c = Expr::load(bufs.counters, &bufs.row + &i);
-            let bound = cx.bind(Expr::load(bufs.bound, i));
-            let coherence = (&x ^ c).lt(i32c(0)).select(i32c(-1), i32c(1));
-            let binding = i32c(0).le(&x).select(&bound, -bound.clone());
-            vec![Acc::Sum(x.abs()), Acc::Sum(coherence), Acc::Sum(binding)]
-        });
-        cx.set(sums.auto, sums.auto + parts[0].clone().cast(Ty::F64));
-        cx.set(sums.coherence, sums.coherence + &parts[1]);
-        cx.set(sums.binding, sums.binding + &parts[2]);
-    });
-}
-
-fn put_energy(op: &SpanKnot, cx: &mut Lower<'_>, sums: &Sums, first: &Expr, rho: &Expr, at: &Expr) {
+/// Put the energy of the signs, those from key `flipped` on flipped, as statistic `at`.
+fn energy(op: &SpanKnot, cx: &mut Lower<'_>, bufs: &Bufs, token: &Token, flipped: Option<Var>, at: usize) {
     let (n, [w1, w2, w3]) = (f64c(op.bits as f64), op.weights);
-    let auto = f64c(-w1) * sums.auto / (&n * rho.clone().max(f64c(1.0)));
-    let half = |w: f64, sum: Var| f64c(w) * (f64c(1.0) - Expr::from(sum).cast(Ty::F64) / &n) / f64c(2.0);
-    let coherence = first.clone().select(f64c(0.0), half(w2, sums.coherence));
-    let energy = auto + coherence + half(w3, sums.binding);
-    cx.put(1, at, energy.cast(Ty::F32));
+    let sums = cx.reduce(0, op.bits, |cx, i| {
+        let x = cx.bind(Expr::load(bufs.a, &i));
+        let start = sign(x.clone());
+        let end = match flipped {
+            Some(from) => {
+                let start = cx.bind(start);
+                Expr::from(from).le(Expr::load(bufs.key, &i)).select(-start.clone(), start)
+            }
+            None => start,
+        };
+        let end = cx.bind(end);
+        let coherence = &end * sign(Expr::load(bufs.counters, &bufs.row + &i));
+        let binding = &end * sign(bound(bufs, token, &i));
+        vec![Acc::Sum(&end * x), Acc::Sum(coherence), Acc::Sum(binding)]
+    });
+    let [auto, coherence, binding] = [0, 1, 2].map(|k| sums[k].clone().cast(Ty::F64));
+    let half = |w: f64, sum: Expr| f64c(w) * (f64c(1.0) - sum / &n) / f64c(2.0);
+    let coherence = token.first.clone().select(f64c(0.0), half(w2, coherence));
+    let auto = f64c(-w1) * auto / (&n * token.rho.clone().max(f64c(1.0)));
+    let energy = auto + coherence + half(w3, binding);
+    cx.put(1, &token.index * 3 + at, energy.cast(Ty::F32));
 }

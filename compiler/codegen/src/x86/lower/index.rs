@@ -99,14 +99,18 @@ impl Lower<'_> {
     /// The sum with every term in a register whose value stays.
     pub(super) fn settled(&mut self, mut l: Linear) -> Linear {
         for (_, r) in &mut l.terms {
-            *r = self.settle(*r);
+            *r = self.settle(Class::Int, *r);
         }
         l
     }
 
     /// A register that keeps the value that `r` has now.
-    pub(super) fn settle(&mut self, r: Reg) -> Reg {
-        if self.b.is_fixed(r) { r } else { self.b.here(Class::Int, Op::IntMove { d: NEW, s: r }) }
+    pub(super) fn settle(&mut self, class: Class, r: Reg) -> Reg {
+        match class {
+            _ if self.b.is_fixed(r) => r,
+            Class::Int => self.b.here(class, Op::IntMove { d: NEW, s: r }),
+            Class::Vec => self.b.here(class, Op::VecMove { d: NEW, s: r }),
+        }
     }
 
     /// `start` and the terms, outermost first.

@@ -230,7 +230,11 @@ impl Lower<'_> {
             (Ty::I32, Some(_)) if self.is_vector_word(e) && !self.is_shared(v) => (Class::Vec, vec![self.splat(e)]),
             _ => (class(ty), vec![self.scalar(e)]),
         };
-        let values = if self.is_shared(v) { self.overwrite(v, class, values, since) } else { values };
+        let values = match self.is_shared(v) {
+            true => self.overwrite(v, class, values, since),
+            // Another variable may be overwritten later.
+            false => values.into_iter().map(|r| self.settle(class, r)).collect(),
+        };
         let splat = shape.is_some() && class == Class::Vec && ty != Ty::F64;
         self.slots[at] = match (ty, shape) {
             (Ty::I64, Some(Shape::Varying)) => Slot::Each(values),
@@ -268,7 +272,7 @@ impl Lower<'_> {
         }
         let x = self.sum(&l);
         // A variable may be overwritten while the loop runs.
-        Bound::Val(self.settle(x))
+        Bound::Val(self.settle(Class::Int, x))
     }
 
     /// A bound a constant further.

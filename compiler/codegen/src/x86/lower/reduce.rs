@@ -266,7 +266,7 @@ impl Lower<'_> {
                 let high = parts.split_off(parts.len() / 2);
                 parts = parts.into_iter().zip(high).map(|(x, y)| absorb(self, None, x, y)).collect();
             }
-            return self.settle(parts[0]);
+            return self.settle(Class::Int, parts[0]);
         }
         let upper = |lower: &mut Self, s| lower.b.pure(Class::Vec, Op::UpperHalf { w: Width::Y, d: NEW, s });
         let mut moves = vec![0b01_00_11_10, 0b10_11_00_01];
