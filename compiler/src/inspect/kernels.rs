@@ -6,6 +6,7 @@ use std::{error, fmt};
 
 use chimera_codegen::{Code, Target, emitters};
 use chimera_ir::{
+    Op,
     loops::{self, Kernel, Role},
     plan::{Plan, Step},
 };
@@ -13,6 +14,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::table::{Table, bytes};
+use crate::tuning::share_of_peak;
 
 /// A buffer of a kernel.
 #[derive(Clone, Debug, Serialize)]
@@ -50,6 +52,10 @@ pub struct KernelRow {
     pub refusals: Vec<(&'static str, String)>,
     /// Bytes of machine code; 0 when interpreted.
     pub code_bytes: usize,
+    /// The variant of its lowering; empty where there is one way only.
+    pub variant: String,
+    /// The share of the peak of byte products that the cost model predicts for one thread, of kernels that it covers.
+    pub predicted_share: Option<f64>,
     /// Kernel IR, where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loops: Option<String>,
@@ -113,25 +119,38 @@ fn row(index: usize, k: &Kernel, uses: usize, target: &Target, text: bool) -> Ke
         emitter,
         refusals,
         code_bytes,
+        variant: k.variant.to_string(),
+        predicted_share: predicted(k, target),
         loops: text.then(|| loops::print(k).to_text()),
     }
+}
+
+/// The predicted share of the peak of the operation that a kernel is made for.
+fn predicted(k: &Kernel, target: &Target) -> Option<f64> {
+    let (op, ins) = Op::of_contract(k.contract.as_ref()?)?;
+    op.variants(&ins).contains(&k.variant).then(|| share_of_peak(&op.work(&ins, &k.variant), target))?
 }
 
 impl fmt::Display for KernelReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let code: usize = self.kernels.iter().map(|k| k.code_bytes).sum();
         writeln!(f, "{} kernels for {}, {} of machine code", self.kernels.len(), self.target, bytes(code as u64))?;
-        let mut table =
-            Table::new(&["index", "uses", "grid", "buffers", "scratch", "code", "emitter", "contract", "kernel"]);
+        let mut table = Table::new(&[
+            "index", "uses", "grid", "buffers", "scratch", "code", "of peak", "emitter", "contract", "kernel",
+        ]);
         for k in &self.kernels {
             let args = k.buffers.iter().filter(|b| b.role != "scratch").count();
             let numbers = [k.index, k.uses, k.grid, args].map(|n| n.to_string());
             let sizes = [bytes(k.scratch_bytes as u64), bytes(k.code_bytes as u64)];
             let contract = k.contract.as_ref().map_or("-", |c| c.split('(').next().unwrap_or(c));
             let words = [k.emitter.unwrap_or("none").to_owned(), contract.to_owned(), k.name.clone()];
-            table.row(numbers.into_iter().chain(sizes).chain(words));
+            let share = k.predicted_share.map_or("-".to_owned(), |x| format!("{:.0} %", 100.0 * x));
+            table.row(numbers.into_iter().chain(sizes).chain([share]).chain(words));
         }
         write!(f, "{table}")?;
+        for k in self.kernels.iter().filter(|k| !k.variant.is_empty()) {
+            writeln!(f, "  kernel {} {}: {}", k.index, k.name, k.variant)?;
+        }
         for k in self.kernels.iter().filter(|k| !k.refusals.is_empty()) {
             writeln!(f, "  kernel {} {}", k.index, k.name)?;
             k.refusals.iter().try_for_each(|(name, why)| writeln!(f, "    {name} refused: {why}"))?;

@@ -16,6 +16,8 @@ const WAIT: f64 = 0.05;
 
 /// Nanoseconds by unit of work, see [`Work`].
 struct Rates {
+    /// By multiply-accumulate of a loop that does nothing else.
+    peak: f64,
     mac: f64,
     flop: f64,
     unpack: f64,
@@ -33,6 +35,7 @@ struct Rates {
 
 /// 256-bit vectors without byte dot products.
 const PLAIN: Rates = Rates {
+    peak: 0.0066,
     mac: 0.005,
     flop: 0.010,
     unpack: 0.0057,
@@ -46,11 +49,17 @@ const PLAIN: Rates = Rates {
 };
 
 /// With byte dot products that add to 32 bits: one instruction in place of two.
-const DOT: Rates = Rates { mac: 0.0025, ..PLAIN };
+const DOT: Rates = Rates { peak: 0.0036, mac: 0.0025, ..PLAIN };
 
 fn rates(target: &Target) -> &'static Rates {
     let dot = target.has(Feature::AvxVnni) || target.has(Feature::Avx512Vnni) && target.has(Feature::Avx512vl);
     if dot { &DOT } else { &PLAIN }
+}
+
+/// The predicted share of the peak of byte products that work reaches on one thread; `None` of work that has none.
+pub fn share_of_peak(work: &Work, target: &Target) -> Option<f64> {
+    let least = work.macs as f64 * rates(target).peak * 1e-9;
+    (work.macs > 0).then(|| least / predict(work, target, 1))
 }
 
 /// Seconds that a kernel with this work takes on `target`, its grid split over `threads`.

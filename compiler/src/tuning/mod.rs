@@ -6,7 +6,7 @@ mod cost;
 mod measure;
 mod table;
 
-pub use cost::predict;
+pub use cost::{predict, share_of_peak};
 pub use measure::{Progress, Subject, TuneError, subjects, tune};
 pub use table::{Candidate, Entry, Table, TableError};
 

@@ -228,7 +228,7 @@ pub(crate) struct BuildArgs {
     #[arg(long, env = "CHIMERA_ADAPTIVE_LOOPS", value_parser = FalseyValueParser::new())]
     pub(crate) adaptive_loops: bool,
     /// Machine to compile for, such as host, x86-64-v3 or aarch64; for a plan its own when absent
-    #[arg(long, env = "CHIMERA_TARGET")]
+    #[arg(long, visible_alias = "isa", env = "CHIMERA_TARGET")]
     pub(crate) target: Option<Target>,
     /// Zeroth-order estimator of dual_loss and update
     #[arg(long, env = "CHIMERA_ESTIMATOR", value_enum, default_value = "perseq-lowrank")]

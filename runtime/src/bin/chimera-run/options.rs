@@ -223,7 +223,7 @@ pub struct RunOptions {
     #[arg(long, env = "CHIMERA_EMITTERS", value_parser = parse_emitters)]
     pub emitters: Option<Allowed>,
     /// Machine to generate code for, such as x86-64-v3
-    #[arg(long, env = "CHIMERA_TARGET", default_value = "host")]
+    #[arg(long, visible_alias = "isa", env = "CHIMERA_TARGET", default_value = "host")]
     pub target: Target,
     /// Choose the variants of kernels by this table, which chimerac tune has made on this machine; for configurations, not for plans
     #[arg(long, env = "CHIMERA_TUNING", value_name = "TABLE")]
