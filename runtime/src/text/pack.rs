@@ -30,7 +30,7 @@ pub struct TokenStream {
 }
 
 /// `[batch, seq]` row-major inputs of a loss entry point.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// Number of rows.
     pub batch: usize,
@@ -42,6 +42,8 @@ pub struct Batch {
     pub labels: Vec<i32>,
     /// Document numbers; a change resets the recurrent states.
     pub seg: Vec<i32>,
+    /// Log-probability of the labels of each row under the reference, where each even row is preferred to the row behind it; else empty.
+    pub reference: Vec<f32>,
 }
 
 impl TokenStream {
@@ -162,7 +164,14 @@ impl TokenStream {
 impl Batch {
     pub(super) fn empty(batch: usize, seq: usize) -> Self {
         let room = || Vec::with_capacity(batch * seq);
-        Self { batch, seq, tokens: room(), labels: room(), seg: room() }
+        Self { batch, seq, tokens: room(), labels: room(), seg: room(), reference: vec![] }
+    }
+
+    /// What the loss of each row counts in a mean: the number of its labels; of rows that are compared, 1 where it has any.
+    pub fn weights(&self) -> Vec<f64> {
+        let counted = |row: &[i32]| row.iter().filter(|&&label| label != IGNORE).count() as f64;
+        let counts = self.labels.chunks(self.seq.max(1)).map(counted);
+        if self.reference.is_empty() { counts.collect() } else { counts.map(|n| n.min(1.0)).collect() }
     }
 
     /// Positions whose label counts.

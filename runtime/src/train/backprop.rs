@@ -4,7 +4,7 @@
 //! therefore follows `backward` on the same batch, never a record alone.
 
 use super::TrainError;
-use super::step::{DEPTH, Probed, counted, input_type, matrix, total_load, weighted};
+use super::step::{DEPTH, Probed, REFERENCE, input_type, matrix, total_load, weighted};
 use crate::exec::{EntryId, Executable};
 use crate::text::Batch;
 use chimera_ir::plan::Plan;
@@ -45,7 +45,7 @@ pub(super) fn descent(
             if accumulates { " or a multiple" } else { "" }
         )));
     }
-    let counts = counted(batch);
+    let counts = batch.weights();
     let total: f64 = counts.iter().sum();
     if accumulates {
         exec.reset_states();
@@ -56,6 +56,9 @@ pub(super) fn descent(
         let cells = at.start * batch.seq..at.end * batch.seq;
         for (name, values) in [("tokens", &batch.tokens), ("seg", &batch.seg), ("labels", &batch.labels)] {
             exec.set_input(backward, name, values.get(cells.clone()).unwrap_or_default())?;
+        }
+        if !batch.reference.is_empty() {
+            exec.set_input(backward, REFERENCE, batch.reference.get(at.clone()).unwrap_or_default())?;
         }
         if let Some(depths) = depths {
             exec.set_input(backward, DEPTH, depths.get(at.clone()).unwrap_or_default())?;

@@ -13,7 +13,7 @@ use super::watch::{MemoryWatch, explodes, is_calm};
 use super::weights::WeightFile;
 use crate::files::FileError;
 use crate::generate::{Generator, Settings};
-use crate::text::{Batch, Batches, LossTally, StreamDecoder, TokenStream, Vocab};
+use crate::text::{Batch, Feed, HeldOut, LossTally, StreamDecoder, Vocab};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -183,9 +183,9 @@ pub struct Run<'a> {
     /// Entry points and weights.
     pub trainer: &'a mut Trainer,
     /// Training data.
-    pub batches: &'a Batches,
+    pub batches: &'a dyn Feed,
     /// Held-out data.
-    pub validation: &'a TokenStream,
+    pub validation: &'a dyn HeldOut,
     /// Vocabulary of both.
     pub vocab: &'a Vocab,
     /// Where the run is.
@@ -419,9 +419,7 @@ impl Run<'_> {
     /// # Errors
     /// When execution fails.
     pub fn validate(&mut self, options: &RunOptions) -> Result<Option<Validation>, TrainError> {
-        let tally = self.trainer.measure(self.validation, options.validation_rows, self.vocab)?;
-        let nats = tally.nats_per_token();
-        Ok(nats.map(|nats_per_token| Validation { nats_per_token, bits_per_byte: tally.bits_per_byte() }))
+        self.trainer.validate(self.validation, options.validation_rows, self.vocab)
     }
 
     /// Writes a checkpoint unless the last one is of this step.

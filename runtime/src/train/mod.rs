@@ -15,6 +15,7 @@ mod schedule;
 pub mod standing;
 mod step;
 pub mod tensorboard;
+mod validate;
 mod watch;
 pub mod weights;
 

@@ -4,6 +4,7 @@
 
 use crate::estimators::{ESTIMATORS, EstimatorName, ZeroGradient, of_some};
 use crate::options::Failure;
+use crate::phases::Phase;
 use crate::probes::{Entries, FamilyName, MaskName, ModeName, OptimiserName};
 use chimera_runtime::text::DataSpec;
 use chimera_runtime::train::Decay;
@@ -226,6 +227,9 @@ pub struct Hyper {
     pub binary: bool,
     /// The plan that the run was started with, if it was not compiled for the run.
     pub plan: Option<PathBuf>,
+    /// What the run is a phase of.
+    #[serde(default)]
+    pub phase: Phase,
 }
 
 impl HyperArgs {
@@ -279,6 +283,7 @@ impl HyperArgs {
             field: None,
             binary: false,
             plan: None,
+            phase: Phase::Pretrain,
         }
     }
 

@@ -67,7 +67,8 @@ pub fn training_plan(
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
     let entries = [training_entries(config, hyper), further].concat();
-    Ok(compile(config, &Options { entries, trainable, ..run.compile()? })?)
+    let objective = hyper.phase.objective();
+    Ok(compile(config, &Options { entries, objective, trainable, ..run.compile()? })?)
 }
 
 /// The entry points of a training plan.
