@@ -14,7 +14,7 @@ use chimera_frontends::{
 use chimera_ir::{
     Graph,
     ops::{InferError, ScaleMode},
-    plan::{CODES, ESTIMATOR, MASK_REFRESH, Plan, SCALES, WeightKind},
+    plan::{CODES, ESTIMATOR, MASK_REFRESH, OWN, Plan, SCALES, WeightKind},
 };
 
 use crate::{
@@ -132,6 +132,9 @@ pub struct Options {
     pub entries: Vec<EntrySpec>,
     /// What the losses of entry points are of.
     pub objective: Objective,
+    /// Whether `loss` and `backward` carry states from call to call, those of an entry point as `ENTRY:NAME`; gradients end where a call
+    /// begins (semantics 12.4).
+    pub carried: bool,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
     /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
@@ -169,6 +172,7 @@ impl Default for Options {
             target: "host".to_owned(),
             entries: vec![],
             objective: Objective::Tokens,
+            carried: false,
             trainable: None,
             packed: HashSet::new(),
             stop_after: None,
@@ -273,11 +277,17 @@ pub fn compile_observed(
             let shape = shape(cfg, spec, form, carry);
             chimera::packed_graph(cfg, shape, head, &options.packed).map_err(fail("build"))
         };
+        // The states of a loss are not those of generating, and every entry point has rows of its own.
+        let build_loss = || {
+            let mut g = build(loss, Form::Chunked, options.carried)?;
+            g.rename_states(&|state| format!("{name}{OWN}{state}"));
+            Ok(g)
+        };
         let g = match &spec.kind {
-            EntryKind::Loss | EntryKind::DualLoss(_) => build(loss, Form::Chunked, false)?,
+            EntryKind::Loss | EntryKind::DualLoss(_) => build_loss()?,
             EntryKind::Grad | EntryKind::Backward { .. } => {
                 let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
-                grad::unroll(&build(loss, Form::Chunked, false)?, half).map_err(fail("build"))?
+                grad::unroll(&build_loss()?, half).map_err(fail("build"))?
             }
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,

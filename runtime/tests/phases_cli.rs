@@ -209,6 +209,70 @@ fn probes_compare_pairs_too() {
 }
 
 #[test]
+fn states_are_carried_over_segments() {
+    let place = Place::new();
+    // What a line begins with comes again only after more tokens than a segment has.
+    let line = |i: usize| format!("{} {}. ", ["alpha", "bravo", "gamma", "delta"][i * i % 4], "-".repeat(30));
+    fs::write(place.path("long.txt"), (0..400).map(line).collect::<String>()).expect("written");
+    let words =
+        ["--phase", "ctx_extend", "--data", "long.txt", "--seq-len", "32", "--batch", "4", "--val-fraction", "0.1"];
+    let (steps, said) =
+        place.train(&[&words[..], &["--val-every", "5", "--out", "long", "--sample-every", "3"]].concat());
+    assert!(said.contains("tokens in long sequences"), "{said}");
+    let rates = all(&steps, "lr");
+    assert_eq!((rates.len(), rates[5], rates[6], rates[9]), (10, 1e-3, 5e-4, 5e-4), "{rates:?}");
+    assert_eq!(place.options("long/step-00000010.b158")["phase"]["stages"][1]["rate"], 0.5);
+    let states = place.tensors("long/step-00000010.b158");
+    assert!(states.iter().any(|t| t.0.starts_with("state.backward:") && t.1.iter().any(|&b| b != 0)));
+    // Neither texts nor measurements on the way change what is carried.
+    let (quiet, _) = place.train(&[&words[..], &["--val-every", "0", "--out", "quiet"]].concat());
+    assert_eq!(all(&quiet, "loss"), all(&steps, "loss"));
+    assert!(place.tensors("quiet/step-00000010.b158") == states);
+    // One segment a sequence is what there is without a state.
+    let (fresh, _) =
+        place.train(&[&words[..], &["--val-every", "0", "--out", "fresh", "--stages", "32:2:1e-3"]].concat());
+    assert_ne!(fresh[1]["loss"], quiet[1]["loss"]);
+
+    resumes(&place, &[&words[..], &["--val-every", "0"]].concat(), 8, "step-00000008.b158");
+    // From a checkpoint alone, in the middle of a sequence.
+    fs::create_dir(place.path("alone")).expect("made");
+    let (code, _, stderr) = place.run(&[
+        "train",
+        "model.json",
+        "--out",
+        "begun",
+        "--steps",
+        "2",
+        "--val-every",
+        "0",
+        words[0],
+        words[1],
+        words[2],
+        words[3],
+        words[4],
+        words[5],
+        words[6],
+        words[7],
+        words[8],
+        words[9],
+    ]);
+    assert_eq!(code, Some(0), "{stderr}");
+    fs::copy(place.path("begun/step-00000002.b158"), place.path("alone/step-00000002.b158")).expect("copied");
+    let (code, _, stderr) = place.run(&["train", "--resume", "alone", "--steps", "8"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(place.tensors("alone/step-00000008.b158") == place.tensors("whole/step-00000008.b158"));
+    for (more, what) in [
+        (&["--estimator", "mezo"][..], "goes along a gradient: the estimator mezo"),
+        (&["--accumulate", "2"], "--accumulate has no meaning"),
+        (&["--stages", "48:3"], "48 tokens, expected at least one step and a multiple of --seq-len"),
+        (&["--stages", "64"], "expected tokens and steps such as 4096:1000"),
+    ] {
+        let (code, _, stderr) = place.run(&[&["train", "model.json", "--out", "none"], &words[..], more].concat());
+        assert!(code == Some(2) && stderr.contains(what), "{more:?}: {code:?}: {stderr}");
+    }
+}
+
+#[test]
 fn what_is_missing_or_does_not_fit_is_said() {
     let place = Place::new();
     fs::write(

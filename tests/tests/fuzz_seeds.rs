@@ -163,6 +163,7 @@ fn write_all(root: &Path) -> Result<(), Failure> {
     put(&at, "seed-pair.jsonl", pair.as_bytes())?;
     let turns = r#"{"prompt": [{"role": "assistant", "content": "x"}], "chosen": "", "rejected": "y", "messages": [{"role": "assistant", "content": "z"}]}"#;
     put(&at, "seed-turns.jsonl", turns.as_bytes())?;
+    put(&at, "seed-lines.jsonl", format!("{turns}\n{pair}\n").as_bytes())?;
 
     Ok(())
 }

@@ -6,6 +6,7 @@
 use super::TextError;
 use super::order::Draw;
 use super::pack::{Batch, TokenStream};
+use std::ops::Range;
 
 /// Streams that are drawn from in the ratio of their weights and sizes, each in blocks that are shuffled anew for every pass over it.
 #[derive(Clone, Debug)]
@@ -57,6 +58,14 @@ impl Batches {
     /// Whether there is no token; never.
     pub fn is_empty(&self) -> bool {
         self.streams.is_empty()
+    }
+
+    /// Adds positions `within` of the block that is drawn as number `index`; its documents are numbered from `first` on.
+    pub(super) fn push_part(&self, index: u64, within: Range<usize>, first: i32, out: &mut Batch) {
+        let (stream, block) = self.draw.at(index);
+        let (stream, start) = (&self.streams[stream], block * self.block);
+        let passed = stream.document_at(start + within.start) - stream.document_at(start);
+        stream.push_range(start + within.start..start + within.end, Some(first + passed as i32), out);
     }
 
     /// `batch` rows of `seq` tokens from `position` on, and the position behind them. A row may hold several blocks, or part of one;

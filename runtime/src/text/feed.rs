@@ -11,6 +11,18 @@ use std::ops::Range;
 pub trait Feed: Debug {
     /// `batch` rows of `seq` tokens from `position` on, and the position behind them. Positions count tokens.
     fn next(&self, position: u64, batch: usize, seq: usize) -> (Batch, u64);
+
+    /// The first position from `position` on where nothing continues what was read before.
+    fn anew(&self, position: u64, batch: usize, seq: usize) -> u64 {
+        let _ = (batch, seq);
+        position
+    }
+
+    /// What the learning rate is multiplied by at a position.
+    fn rate(&self, position: u64, batch: usize, seq: usize) -> f64 {
+        let _ = (position, batch, seq);
+        1.0
+    }
 }
 
 /// Rows to measure on.

@@ -117,6 +117,11 @@ impl TokenStream {
         out
     }
 
+    /// The number of the document at a position.
+    pub(super) fn document_at(&self, position: usize) -> usize {
+        self.ends.partition_point(|&end| end < position)
+    }
+
     /// Positions that have a next token.
     pub(super) fn labelled(&self) -> usize {
         self.len().saturating_sub(1)
@@ -132,7 +137,7 @@ impl TokenStream {
     /// Positions that have labels. Documents are numbered as in the stream, or from `first` on.
     pub(super) fn push_range(&self, positions: Range<usize>, first: Option<i32>, out: &mut Batch) {
         let mut at = positions.start;
-        let from = self.ends.partition_point(|&end| end < at);
+        let from = self.document_at(at);
         for (index, document) in self.documents.iter().enumerate().skip(from) {
             if at >= positions.end {
                 break;
@@ -153,7 +158,7 @@ impl TokenStream {
         }
     }
 
-    fn push_padding(&self, positions: usize, out: &mut Batch) {
+    pub(super) fn push_padding(&self, positions: usize, out: &mut Batch) {
         let to = out.tokens.len() + positions;
         out.tokens.resize(to, self.end_of_document as i32);
         out.labels.resize(to, IGNORE);

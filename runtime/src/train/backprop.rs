@@ -11,6 +11,8 @@ use chimera_ir::plan::Plan;
 
 /// The entry point that computes gradients.
 pub(super) const BACKWARD: &str = "backward";
+/// The states where it leaves gradients begin so.
+const GRADIENT: &str = "grad.";
 /// Its input where gradients of parts of a batch add up: what part the rows are.
 const SHARE: &str = "share";
 /// Its output: the sum of the squares of the gradient.
@@ -48,7 +50,7 @@ pub(super) fn descent(
     let counts = batch.weights();
     let total: f64 = counts.iter().sum();
     if accumulates {
-        exec.reset_states();
+        exec.reset_states_where(&|name| name.starts_with(GRADIENT));
     }
     let (mut losses, mut all) = (Vec::with_capacity(batch.batch), vec![]);
     for part in 0..parts {

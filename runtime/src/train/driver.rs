@@ -266,7 +266,8 @@ impl Run<'_> {
         let began = Instant::now();
         let before = self.progress;
         let over = options.budget.over(&before, options.schedule.warmup);
-        let lr = options.schedule.at(before.step, over) * CAUTION.powi(before.rollbacks as i32);
+        let rate = options.schedule.at(before.step, over) * CAUTION.powi(before.rollbacks as i32);
+        let lr = rate * self.batches.rate(before.position, rows, tokens);
         let (batch, position) = self.batches.next(before.position, rows, tokens);
         let (probed, ema) = match self.trainer.probe(&batch, before.step) {
             Ok(probed) => {
@@ -392,6 +393,8 @@ impl Run<'_> {
                 }
                 checkpoint::restore(&file, self.trainer.exec_mut())?;
                 let rollbacks = failed.rollbacks.saturating_add(1);
+                let (rows, tokens) = self.trainer.shape();
+                let position = self.batches.anew(position, rows, tokens);
                 self.progress = Progress { position, rollbacks, seconds: failed.seconds, ..p };
                 let rollback = Rollback { at: failed.step, to, position, rollbacks, loss };
                 if let Some(journal) = &mut self.journal {

@@ -4,6 +4,7 @@
 
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
+use super::carried;
 use super::compare;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
@@ -319,6 +320,7 @@ impl Trainer {
         hear: &mut dyn FnMut(&Executable, EntryId, &Batch) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         let (batch_rows, tokens, unit) = (self.measured_rows, self.measured_tokens, held.unit());
+        self.exec.reset_states_where(&|name| carried::belongs(name, LOSS));
         let rows = (rows / unit * unit).max(unit).min(held.measured_rows(tokens));
         for first in (0..rows).step_by(batch_rows) {
             let batch = held.measure(first..(first + batch_rows).min(rows), batch_rows, tokens);

@@ -67,8 +67,13 @@ pub fn training_plan(
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
     let entries = [training_entries(config, hyper), further].concat();
-    let objective = hyper.phase.objective();
-    Ok(compile(config, &Options { entries, objective, trainable, ..run.compile()? })?)
+    let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
+    Ok(compile(config, &Options { entries, objective, carried, trainable, ..run.compile()? })?)
+}
+
+/// Rows that one measurement takes at a time; long sequences have as many as in training, as each has its state.
+pub fn measured_rows(hyper: &Hyper) -> usize {
+    if hyper.phase.carries() { hyper.batch as usize } else { MEASURED_ROWS }
 }
 
 /// The entry points of a training plan.
@@ -78,7 +83,7 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth: None };
     let [first, update] = hyper.entries(balance);
     let rows_at_once = rows / hyper.accumulate as usize;
-    let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)];
+    let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
 }

@@ -5,8 +5,10 @@
 use super::{Phase, reference};
 use crate::hyper::Hyper;
 use crate::options::Failure;
+use crate::session::measured_rows;
 use chimera_runtime::text::{
-    self, Answers, Batches, Cache, Feed, HeldOut, Pairs, Reading, Split, Taken, TokenSource, TokenStream, Vocab,
+    self, Answers, Batches, Cache, Feed, HeldOut, LongText, Pairs, Reading, Segments, Split, Taken, TokenSource,
+    TokenStream, Vocab,
 };
 use chimera_runtime::train::Trainer;
 use chimera_runtime::train::standing::Standing;
@@ -21,6 +23,15 @@ pub enum Course {
         train: Batches,
         /// To measure on.
         held: TokenStream,
+        /// What identifies the data.
+        data: String,
+    },
+    /// Long text.
+    Long {
+        /// To train on.
+        train: Segments,
+        /// To measure on.
+        held: LongText,
         /// What identifies the data.
         data: String,
     },
@@ -52,6 +63,13 @@ impl Course {
                 let data = fingerprint(tokens);
                 let Split { train, validation } = text::split(tokens, fraction, vocab.end_of_document())?;
                 Course::Text { train: Batches::mixed(train, seq, seed)?, held: validation, data }
+            }
+            Phase::CtxExtend { stages } => {
+                let data = fingerprint(tokens);
+                let Split { train, validation } = text::split(tokens, fraction, vocab.end_of_document())?;
+                let longest = stages.last().map_or(seq, |s| s.tokens);
+                let held = LongText::new(validation, longest, measured_rows(hyper));
+                Course::Long { train: Segments::new(&train, stages, seed)?, held, data }
             }
             Phase::Sft => {
                 let (train, held) = text::answers(vocab, &hyper.data, hyper.field.as_deref(), seq, fraction, seed)?;
@@ -93,6 +111,7 @@ impl Course {
     pub fn feed(&self) -> &dyn Feed {
         match self {
             Course::Text { train, .. } => train,
+            Course::Long { train, .. } => train,
             Course::Answers { train, .. } => train,
             Course::Pairs { train, .. } => train,
         }
@@ -102,6 +121,7 @@ impl Course {
     pub fn held(&self) -> &dyn HeldOut {
         match self {
             Course::Text { held, .. } => held,
+            Course::Long { held, .. } => held,
             Course::Answers { held, .. } => held,
             Course::Pairs { held, .. } => held,
         }
@@ -110,7 +130,7 @@ impl Course {
     /// Rows of a pass over the data, where a phase counts passes.
     pub fn rows(&self) -> Option<usize> {
         match self {
-            Course::Text { .. } => None,
+            Course::Text { .. } | Course::Long { .. } => None,
             Course::Answers { train, .. } => Some(train.rows()),
             Course::Pairs { train, .. } => Some(2 * train.len()),
         }
@@ -119,7 +139,7 @@ impl Course {
     /// What identifies the data.
     pub fn data(&self) -> String {
         match self {
-            Course::Text { data, .. } => data.clone(),
+            Course::Text { data, .. } | Course::Long { data, .. } => data.clone(),
             Course::Answers { train, held } => {
                 let n = train.taken().examples + held.taken().examples;
                 format!("{n} conversations, crc32c {:08x}", train.checksum())
@@ -137,6 +157,9 @@ impl Course {
                 let unigram = text::unigram_bits_per_byte(vocab, train.tokens())
                     .map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
                 format!("{} training and {} held-out tokens{unigram}", train.len(), held.len())
+            }
+            Course::Long { train, held, .. } => {
+                format!("{} training and {} held-out tokens in long sequences", train.tokens(), held.tokens())
             }
             Course::Answers { train, held } => {
                 let (a, b) = (train.taken(), held.taken());

@@ -17,6 +17,8 @@ use crate::options::Failure;
 use crate::train::Args;
 use chimera_compiler::Objective;
 use chimera_frontends::config::{self, PhaseKind};
+use chimera_runtime::text::Stage;
+use chimera_runtime::train::Decay;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -34,6 +36,9 @@ pub struct PhaseArgs {
     /// Passes over the data, where no --steps or --seconds are given (sft, dpo) [default: 1]
     #[arg(long, env = "CHIMERA_EPOCHS", value_parser = positive)]
     pub epochs: Option<f64>,
+    /// Lengths of sequences, each for so many steps, a segment of --seq-len tokens each, and with a learning rate of its own (ctx_extend)
+    #[arg(long, env = "CHIMERA_STAGES", value_name = "TOKENS:STEPS[:LR],...", value_delimiter = ',', value_parser = stage)]
+    pub stages: Vec<config::Stage>,
     /// How strongly a preference counts (dpo) [default: 0.1]
     #[arg(long, env = "CHIMERA_BETA", value_parser = positive)]
     pub beta: Option<f64>,
@@ -48,6 +53,9 @@ pub struct PhaseArgs {
 pub enum PhaseName {
     /// Text, every token
     Pretrain,
+    /// Long text in segments, states carried from one to the next
+    #[value(name = "ctx_extend", alias = "ctx-extend")]
+    CtxExtend,
     /// Conversations, what the assistant says
     Sft,
     /// Pairs of answers, one of which is preferred
@@ -58,6 +66,7 @@ impl PhaseName {
     fn kind(self) -> PhaseKind {
         match self {
             PhaseName::Pretrain => PhaseKind::Pretrain,
+            PhaseName::CtxExtend => PhaseKind::ContextExtension,
             PhaseName::Sft => PhaseKind::Sft,
             PhaseName::Dpo => PhaseKind::Dpo,
         }
@@ -71,6 +80,11 @@ pub enum Phase {
     /// Text.
     #[default]
     Pretrain,
+    /// Long text.
+    CtxExtend {
+        /// Lengths of sequences.
+        stages: Vec<Stage>,
+    },
     /// Conversations.
     Sft,
     /// Preferences.
@@ -89,6 +103,7 @@ impl Phase {
     pub fn word(&self) -> &'static str {
         match self {
             Phase::Pretrain => PhaseKind::Pretrain.word(),
+            Phase::CtxExtend { .. } => PhaseKind::ContextExtension.word(),
             Phase::Sft => PhaseKind::Sft.word(),
             Phase::Dpo { .. } => PhaseKind::Dpo.word(),
         }
@@ -96,7 +111,12 @@ impl Phase {
 
     /// Whether its data are plain text.
     pub fn reads_text(&self) -> bool {
-        matches!(self, Phase::Pretrain)
+        matches!(self, Phase::Pretrain | Phase::CtxExtend { .. })
+    }
+
+    /// Whether states are carried from step to step.
+    pub fn carries(&self) -> bool {
+        matches!(self, Phase::CtxExtend { .. })
     }
 
     /// Notes the checksum of the weights of the reference.
@@ -110,7 +130,7 @@ impl Phase {
     pub fn objective(&self) -> Objective {
         match self {
             Phase::Dpo { beta, .. } => Objective::Preference { beta: *beta as f32 },
-            Phase::Pretrain | Phase::Sft => Objective::Tokens,
+            Phase::Pretrain | Phase::CtxExtend { .. } | Phase::Sft => Objective::Tokens,
         }
     }
 }
@@ -125,6 +145,9 @@ pub struct Length {
 impl Length {
     /// The steps that the data and a batch of `tokens` make of it; nothing where a phase has no length of its own.
     pub fn steps(self, course: &Course, hyper: &Hyper) -> Option<u64> {
+        if let Phase::CtxExtend { stages } = &hyper.phase {
+            return Some(stages.iter().fold(0, |sum, stage| sum.saturating_add(stage.steps)));
+        }
         let batch = f64::from(hyper.batch);
         let passes = course.rows().map(|rows| self.epochs.unwrap_or(1.0) * rows as f64 / batch);
         let by_tokens = self.tokens.map(|n| n / (batch * f64::from(hyper.seq_len)));
@@ -162,6 +185,10 @@ pub fn fresh(args: &Args) -> Result<(Hyper, Length), Failure> {
     let mut hyper = filled(&args.hyper, name, own, described(PhaseKind::Pretrain)).checked()?;
     hyper.phase = match name {
         PhaseName::Pretrain => Phase::Pretrain,
+        PhaseName::CtxExtend => {
+            let described = own.map_or(&[][..], |p| &p.stages);
+            long(&mut hyper, if given.stages.is_empty() { described } else { &given.stages })?
+        }
         PhaseName::Sft => Phase::Sft,
         PhaseName::Dpo => {
             let parts = hyper.batch / hyper.accumulate;
@@ -180,9 +207,62 @@ pub fn fresh(args: &Args) -> Result<(Hyper, Length), Failure> {
     Ok((hyper, length))
 }
 
+/// The phase of these stages; the learning rate of the run becomes the greatest of them.
+fn long(hyper: &mut Hyper, stages: &[config::Stage]) -> Result<Phase, Failure> {
+    let name = PhaseKind::ContextExtension.word();
+    if !hyper.estimator.row().gradients {
+        return Err(Failure::usage(format!(
+            "--phase {name} goes along a gradient: the estimator {} tries other weights in every step, whose states nothing could continue; choose --estimator adamw, sgd or chimera21",
+            hyper.estimator.text()
+        )));
+    }
+    if hyper.accumulate > 1 {
+        return Err(Failure::usage(format!(
+            "--accumulate has no meaning for --phase {name}, where every row continues the row of the step before; choose a smaller --batch"
+        )));
+    }
+    if stages.is_empty() {
+        return Err(Failure::usage(format!(
+            "--phase {name} has no stages; give them by --stages TOKENS:STEPS, or in training.phases of the configuration"
+        )));
+    }
+    let seq = hyper.seq_len as usize;
+    if let Some(bad) = stages.iter().find(|s| !s.tokens.is_multiple_of(seq) || s.tokens > 1 << 20 || s.steps == 0) {
+        return Err(Failure::usage(format!(
+            "a stage has {} steps on sequences of {} tokens, expected at least one step and a multiple of --seq-len, which is {seq}, up to {}",
+            bad.steps,
+            bad.tokens,
+            1 << 20
+        )));
+    }
+    let rates: Vec<f64> = stages.iter().map(|s| s.lr.unwrap_or(hyper.lr)).collect();
+    hyper.lr = rates.iter().copied().fold(0.0, f64::max);
+    if hyper.lr <= 0.0 {
+        return Err(Failure::usage("every stage has the learning rate 0; give one above 0"));
+    }
+    let stage = |(s, rate): (&config::Stage, &f64)| Stage { tokens: s.tokens, steps: s.steps, rate: rate / hyper.lr };
+    Ok(Phase::CtxExtend { stages: stages.iter().zip(&rates).map(stage).collect() })
+}
+
+/// `TOKENS:STEPS` or `TOKENS:STEPS:LR`.
+fn stage(text: &str) -> Result<config::Stage, String> {
+    let parts: Vec<&str> = text.split(':').collect();
+    let parsed = match parts[..] {
+        [tokens, steps] => tokens.parse().ok().zip(steps.parse().ok()).map(|(t, s)| (t, s, None)),
+        [tokens, steps, lr] => match (tokens.parse(), steps.parse(), positive(lr)) {
+            (Ok(t), Ok(s), Ok(lr)) => Some((t, s, Some(lr))),
+            _ => None,
+        },
+        _ => None,
+    };
+    let (tokens, steps, lr) = parsed
+        .ok_or_else(|| format!("found {text:?}, expected tokens and steps such as 4096:1000, or 4096:1000:1e-5"))?;
+    Ok(config::Stage { tokens, steps, lr })
+}
+
 fn without_data(name: PhaseName, own: Option<&config::Phase>) -> Failure {
     let wanted = match name {
-        PhaseName::Pretrain => "text files",
+        PhaseName::Pretrain | PhaseName::CtxExtend => "text files",
         PhaseName::Sft => "lines of JSON with messages",
         PhaseName::Dpo => "lines of JSON with prompt, chosen and rejected",
     };
@@ -195,8 +275,9 @@ fn without_data(name: PhaseName, own: Option<&config::Phase>) -> Failure {
 impl PhaseArgs {
     /// Refuses options that a phase does not have.
     fn refuse(&self, name: PhaseName) -> Result<(), Failure> {
-        use PhaseName::{Dpo, Sft};
-        let options: [(&str, bool, &[PhaseName]); 3] = [
+        use PhaseName::{CtxExtend, Dpo, Sft};
+        let options: [(&str, bool, &[PhaseName]); 4] = [
+            ("stages", !self.stages.is_empty(), &[CtxExtend]),
             ("epochs", self.epochs.is_some(), &[Sft, Dpo]),
             ("beta", self.beta.is_some(), &[Dpo]),
             ("reference", self.reference.is_some(), &[Dpo]),
@@ -243,9 +324,9 @@ impl PhaseArgs {
                 return contradiction("beta", given.to_string(), format!("--phase {}", phase.word()));
             }
         }
-        if self.reference.is_some() || self.epochs.is_some() {
+        if self.reference.is_some() || self.epochs.is_some() || !self.stages.is_empty() {
             return Err(Failure::usage(
-                "--reference and --epochs are those that the run was started with; leave them out, or give --steps for a longer run",
+                "--reference, --epochs and --stages are those that the run was started with; leave them out, or give --steps for a longer run",
             ));
         }
         Ok(())
@@ -271,18 +352,23 @@ fn filled(args: &HyperArgs, name: PhaseName, own: Option<&config::Phase>, main: 
     let count = |n: f64, at_most: f64| n.round().clamp(1.0, at_most) as u32;
     let both = |read: fn(&config::Phase) -> Option<f64>| own.and_then(read).or(main.and_then(read));
     let tokens = own.and_then(|p| p.seq_len).map(|n| count(n as f64, f64::from(1 << 20)));
-    let long = (name != PhaseName::Pretrain).then_some(256);
+    let long = matches!(name, PhaseName::Sft | PhaseName::Dpo).then_some(256);
     out.seq_len = out.seq_len.or(tokens).or(long);
     let rows = own.and_then(|p| p.batch_tokens).map(|n| n / f64::from(out.seq_len.unwrap_or(64)));
-    out.batch = out.batch.or(rows.map(|n| count(n, f64::from(1 << 16))));
+    // A pair is two rows.
+    let unit = if name == PhaseName::Dpo { 2.0 } else { 1.0 };
+    let whole = |n: f64| unit as u32 * count(n / unit, f64::from(1 << 16) / unit);
+    out.batch = out.batch.or(rows.map(whole));
     // Small steps keep what was learned before.
     let share = match name {
         PhaseName::Pretrain => None,
-        PhaseName::Sft => Some(0.1),
+        PhaseName::CtxExtend | PhaseName::Sft => Some(0.1),
         PhaseName::Dpo => Some(0.02),
     };
     out.lr = out.lr.or(own.and_then(|p| p.lr)).or(share.map(|share| share * row.lr));
-    out.lr_decay = out.lr_decay.or(own.and_then(|p| p.schedule.as_deref()).and_then(decay));
+    // Stages say how the rate falls.
+    let flat = (name == PhaseName::CtxExtend).then_some(Decay::Constant);
+    out.lr_decay = out.lr_decay.or(own.and_then(|p| p.schedule.as_deref()).and_then(decay)).or(flat);
     out.warmup = out.warmup.or(own.and_then(|p| p.warmup_steps).map(|n| n as u64));
     if has("weight_decay") {
         out.weight_decay = out.weight_decay.or(both(|p| p.weight_decay));
@@ -297,7 +383,7 @@ fn filled(args: &HyperArgs, name: PhaseName, own: Option<&config::Phase>, main: 
     out
 }
 
-fn decay(word: &str) -> Option<chimera_runtime::train::Decay> {
+fn decay(word: &str) -> Option<Decay> {
     match word {
         "cosine_warmup" => "cosine".parse().ok(),
         word => word.replace('_', "-").parse().ok(),
