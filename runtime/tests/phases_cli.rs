@@ -6,7 +6,8 @@ use std::fs;
 use std::process::Output;
 
 use chimera_runtime::files::b158::B158;
-use common::Place;
+use chimera_runtime::train::journal::{self, Item, Record};
+use common::{LOOPED, Place};
 use serde_json::Value;
 
 /// A small model, and phases whose parameters tests can tell from defaults.
@@ -270,6 +271,57 @@ fn states_are_carried_over_segments() {
         let (code, _, stderr) = place.run(&[&["train", "model.json", "--out", "none"], &words[..], more].concat());
         assert!(code == Some(2) && stderr.contains(what), "{more:?}: {code:?}: {stderr}");
     }
+}
+
+#[test]
+fn the_second_stage_has_no_decay() {
+    let place = Place::new();
+    let words =
+        ["--data", "data.txt", "--batch", "4", "--seq-len", "16", "--steps", "9", "--val-every", "0", "--warmup", "1"];
+    let two_stage = ["--estimator", "adamw", "--lr-decay", "two-stage", "--weight-decay", "0.5", "--lr", "0.01"];
+    let (steps, _) = place.train(&[&words[..], &two_stage, &["--out", "staged"]].concat());
+    let rates = all(&steps, "lr");
+    assert!((rates[4] - 0.00625).abs() < 1e-9 && (rates[5] - 0.01 / 3.0).abs() < 1e-9, "{rates:?}");
+    let bytes = fs::read(place.path("staged/journal.bin")).expect("a journal");
+    let (_, items) = journal::read(&bytes).expect("records");
+    let shares: Vec<f32> = items
+        .filter_map(|(_, item)| match item {
+            Item::Record(Record::Step(step)) => Some(step.c[1]),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(shares, [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+    // The record is enough to take the steps again.
+    let end = place.tensors("staged/step-00000009.b158");
+    fs::remove_file(place.path("staged/step-00000009.b158")).expect("removed");
+    let (code, _, stderr) = place.run(&["replay", "staged", "--to", "9", "-o", "again.b158"]);
+    assert!(code == Some(0) && place.tensors("again.b158") == end, "{stderr}");
+    let (code, _, stderr) = place.run(
+        &[
+            &[
+                "train",
+                "model.json",
+                "--out",
+                "none",
+                "--estimator",
+                "mezo",
+                "--lr-decay",
+                "two-stage",
+                "--weight-decay",
+                "0.1",
+            ],
+            &words[..],
+        ]
+        .concat(),
+    );
+    assert!(code == Some(2) && stderr.contains("ends the weight decay at half time"), "{stderr}");
+}
+
+#[test]
+fn states_of_loops_and_experts_are_carried_too() {
+    let place = Place::with_model(LOOPED);
+    let words = ["--phase", "ctx_extend", "--stages", "64:20", "--data", "data.txt", "--seq-len", "16", "--batch", "2"];
+    resumes(&place, &[&words[..], &["--val-every", "2", "--lr", "1e-3"]].concat(), 6, "step-00000006.b158");
 }
 
 #[test]

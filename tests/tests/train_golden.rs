@@ -323,7 +323,7 @@ fn agreement_of_gradients() {
         memory[1..].fill(Tensor::zeros(&p.ty));
         for (step, g) in g.as_f32().chunks(n).enumerate() {
             let scalars =
-                [Tensor::f32(&[1], vec![1.0]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
+                [Tensor::f32(&[2], vec![1.0; 2]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
             let rates = DescentRates { clip: 0.0, betas: op.rule.betas() };
             let rates = rates.eval(&scalars.each_ref()).remove(0);
             let g = Tensor::f32(&[n], g.to_vec());

@@ -1,6 +1,7 @@
 //! A step along the gradient: what `backward` found, for the update that follows.
 //!
-//! Invariant: the gradient itself never leaves the executable; of a step, the norm of the gradient is recorded. The update of a step
+//! Invariant: the gradient itself never leaves the executable; of a step, the norm of the gradient and the share of the weight decay are
+//! recorded. The update of a step
 //! therefore follows `backward` on the same batch, never a record alone.
 
 use super::TrainError;
@@ -18,13 +19,18 @@ const SHARE: &str = "share";
 /// Its output: the sum of the squares of the gradient.
 const SQUARES: &str = "squares";
 
+/// Number of scalars of an update.
+pub(super) const SCALARS: usize = 2;
+/// Which of them is the share of the weight decay.
+pub(super) const DECAY: usize = 1;
+
 /// Whether a plan trains along gradients.
 pub(super) fn has_gradients(plan: &Plan) -> bool {
     plan.entry(BACKWARD).is_some()
 }
 
 /// The gradient of the loss on `batch`, whose rows go through `backward` in parts of its number of rows. Returned are the loss, and as
-/// the only scalar of the update the norm of the gradient. `depths` has a loop depth for every row where the plan takes one, `loads` the
+/// scalars of the update the norm of the gradient and the share of the weight decay that counts: all of it. `depths` has a loop depth for every row where the plan takes one, `loads` the
 /// outputs with the loads of experts.
 ///
 /// # Errors
@@ -84,6 +90,6 @@ pub(super) fn descent(
     let norm = exec.output::<f64>(backward, SQUARES)?.iter().sum::<f64>().sqrt();
     match [loss, norm].into_iter().find(|x| !x.is_finite()) {
         Some(bad) => Err(TrainError::Diverged { step, loss: bad }),
-        None => Ok(Probed { plus: vec![], minus: vec![], c: vec![norm as f32], loads: all, loss }),
+        None => Ok(Probed { plus: vec![], minus: vec![], c: vec![norm as f32, 1.0], loads: all, loss }),
     }
 }

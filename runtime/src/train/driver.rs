@@ -4,6 +4,7 @@
 //! changes nothing. A step is in the journal before the next one begins.
 
 use super::TrainError;
+use super::backprop::DECAY;
 use super::checkpoint::{self, Meta};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
@@ -270,7 +271,10 @@ impl Run<'_> {
         let lr = rate * self.batches.rate(before.position, rows, tokens);
         let (batch, position) = self.batches.next(before.position, rows, tokens);
         let (probed, ema) = match self.trainer.probe(&batch, before.step) {
-            Ok(probed) => {
+            Ok(mut probed) => {
+                if let (true, Some(share)) = (self.trainer.needs_data(), probed.c.get_mut(DECAY)) {
+                    *share = options.schedule.decay_share(over) as f32;
+                }
                 let ema = moving_average(before.ema, probed.loss);
                 if explodes(ema, before.lowest, options.explosion) {
                     return self.roll_back(options, probed.loss, position, on);
@@ -331,7 +335,7 @@ impl Run<'_> {
             bits_per_byte: tally.bits_per_byte(),
             ema,
             spread: probed.spread(),
-            norm: self.trainer.needs_data().then(|| probed.c.iter().map(|&x| f64::from(x)).sum()),
+            norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             data_tokens: (batch.batch * batch.seq) as u64,

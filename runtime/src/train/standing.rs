@@ -150,7 +150,7 @@ impl Standing {
         let begin = begin.ok_or_else(|| error(format!("step {} is recorded with a batch of another size", s.step)))?;
         let (batch, _) = data.next(begin, rows, tokens);
         let again = trainer.probe(&batch, s.step - 1)?;
-        if again.loss.to_bits() == s.loss.to_bits() && again.c == s.c && again.loads == s.loads {
+        if again.loss.to_bits() == s.loss.to_bits() && again.c.first() == s.c.first() && again.loads == s.loads {
             return Ok(());
         }
         Err(error(format!(

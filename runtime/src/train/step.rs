@@ -53,7 +53,7 @@ pub struct Probed {
     pub plus: Vec<f64>,
     /// Loss of every negative probe, in the same order.
     pub minus: Vec<f64>,
-    /// The scalars that the update is given; along a gradient its norm.
+    /// The scalars that the update is given; along a gradient its norm, and the share of the weight decay that counts.
     pub c: Vec<f32>,
     /// The loads of all routers that the update is given, one behind the other.
     pub loads: Vec<i32>,
@@ -115,7 +115,7 @@ impl Trainer {
         let members = input_type(plan, UPDATE, "c")?.numel();
         let (dual, update, loss) = (exec.entry(first)?, exec.entry(UPDATE)?, exec.entry(LOSS)?);
         let probes = exec.output_type(dual, "losses")?.numel();
-        let expected = comparison.map_or((1, rows), |how| compare::sizes(how, members, rows));
+        let expected = comparison.map_or((backprop::SCALARS, rows), |how| compare::sizes(how, members, rows));
         let uneven = comparison == Some(Comparison::PerSequence) && !rows.is_multiple_of(members.max(1));
         if (members, probes) != expected || uneven {
             return Err(TrainError::Plan(format!(

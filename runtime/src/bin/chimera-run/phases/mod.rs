@@ -34,7 +34,7 @@ pub struct PhaseArgs {
     #[arg(long, env = "CHIMERA_FROM", value_name = "CHECKPOINT")]
     pub from: Option<PathBuf>,
     /// Passes over the data, where no --steps or --seconds are given (sft, dpo) [default: 1]
-    #[arg(long, env = "CHIMERA_EPOCHS", value_parser = positive)]
+    #[arg(long, env = "CHIMERA_EPOCHS", value_parser = positive, conflicts_with_all = ["steps", "seconds"])]
     pub epochs: Option<f64>,
     /// Lengths of sequences, each for so many steps, a segment of --seq-len tokens each, and with a learning rate of its own (ctx_extend)
     #[arg(long, env = "CHIMERA_STAGES", value_name = "TOKENS:STEPS[:LR],...", value_delimiter = ',', value_parser = stage)]
