@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(shown(&found.chosen), [("user: 2+2?\n\nassistant:", false), (" 4\n", true)]);
         assert_eq!(shown(&found.rejected), [("user: 2+2?\n\nassistant:", false), (" 5\n", true)]);
         for (line, what) in [
-            (r#"{"prompt": "a", "chosen": "b"}"#, "no field \"rejected\", the record has [\"chosen\", \"prompt\"]"),
+            (r#"{"prompt": "a", "chosen": "b"}"#, "no field \"rejected\", the record has ["),
             (r#"{"chosen": "a", "rejected": "b"}"#, "no field \"prompt\""),
             (r#"{"prompt": "a", "chosen": 1, "rejected": "b"}"#, "field \"chosen\" is a number"),
             (

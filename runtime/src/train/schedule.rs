@@ -104,7 +104,9 @@ mod tests {
     fn the_second_stage_is_lower_and_without_decay() {
         let schedule = Schedule { peak: 1.0, warmup: 0, decay: Decay::TwoStage, floor: 0.1 };
         let near = |step: u64, want: f64| assert!((schedule.at_step(step, 100) - want).abs() < 1e-12, "step {step}");
-        [(0, 1.0), (25, 0.75), (49, 0.51), (50, 1.0 / 3.0), (75, 1.0 / 6.0), (99, 0.1)].map(|(s, want)| near(s, want));
+        for (step, want) in [(0, 1.0), (25, 0.75), (49, 0.51), (50, 1.0 / 3.0), (75, 1.0 / 6.0), (99, 0.1)] {
+            near(step, want);
+        }
         assert_eq!([0.0, 0.49, 0.5, 1.0].map(|over| schedule.decay_share(over)), [1.0, 1.0, 0.0, 0.0]);
         assert_eq!(Schedule { decay: Decay::Cosine, ..schedule }.decay_share(0.9), 1.0);
     }
