@@ -183,8 +183,79 @@ fn preferences_resume_to_the_bit() {
 }
 
 #[test]
+fn parts_of_pairs_add_up_and_loops_run_equally_deep() {
+    let place = Place::with_model(LOOPED);
+    let sample = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/phases/preferences.jsonl");
+    let words =
+        ["--phase", "dpo", "--data", sample, "--batch", "8", "--seq-len", "160", "--steps", "2", "--val-every", "0"];
+    let steps = |parts: &str| {
+        let (steps, _) = place
+            .train(&[&words[..], &["--lr", "1e-3", "--warmup", "0", "--accumulate", parts, "--out", parts]].concat());
+        steps
+            .iter()
+            .map(|s| ["loss", "gradient_norm"].map(|key| s[key].as_f64().expect("a number")))
+            .collect::<Vec<_>>()
+    };
+    let whole = steps("1");
+    assert!((whole[0][0] - f64::ln(2.0)).abs() < 1e-6 && (whole[1][0] - f64::ln(2.0)).abs() > 1e-5, "{whole:?}");
+    for (a, b) in whole.iter().zip(steps("4")) {
+        assert!((a[0] - b[0]).abs() < 1e-3 && (a[1] / b[1] - 1.0).abs() < 1e-2, "{a:?}, {b:?}");
+    }
+}
+
+#[test]
+fn pretraining_takes_what_the_configuration_says() {
+    let place = Place::new();
+    let words = ["--phase", "pretrain", "--data", "data.txt", "--steps", "1", "--val-every", "0", "--seq-len", "16"];
+    place.train(&[&words[..], &["--out", "said"]].concat());
+    let said = place.options("said/step-00000001.b158");
+    assert_eq!(
+        (&said["estimator"], said["weight_decay"].as_f64(), said["clip"].as_f64()),
+        (&Value::from("adamw"), Some(0.05), Some(2.0))
+    );
+    // Options go before the configuration, and what an estimator does not have is left out.
+    place.train(&[&words[..], &["--out", "given", "--estimator", "mezo", "--weight-decay", "0"]].concat());
+    let given = place.options("given/step-00000001.b158");
+    assert_eq!((&given["estimator"], given["weight_decay"].as_f64()), (&Value::from("mezo"), Some(0.0)));
+    // Without the phase the configuration says nothing of training.
+    let (code, _, stderr) = place.run(&[
+        "train",
+        "model.json",
+        "--data",
+        "data.txt",
+        "--steps",
+        "1",
+        "--val-every",
+        "0",
+        "--seq-len",
+        "16",
+        "--out",
+        "plain",
+    ]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert_eq!(place.options("plain/step-00000001.b158")["estimator"], "perseq-lowrank");
+}
+
+#[test]
 fn probes_compare_pairs_too() {
     let place = Place::new();
+    let (steps, _) = place.train(&[
+        "--phase",
+        "sft",
+        "--data",
+        "chat.jsonl",
+        "--estimator",
+        "perseq-lowrank",
+        "--batch",
+        "4",
+        "--steps",
+        "2",
+        "--val-every",
+        "0",
+        "--out",
+        "answers",
+    ]);
+    assert!(steps[1]["spread"].as_f64() > Some(0.0), "answers are learned by probes too: {}", steps[1]);
     for words in [
         &["--estimator", "perseq-lowrank"][..],
         &["--estimator", "perseq-lowrank", "--group-size", "1"],

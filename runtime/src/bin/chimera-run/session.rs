@@ -6,6 +6,7 @@ use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
+use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
 use chimera_runtime::train::Depths;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -80,7 +81,9 @@ pub fn measured_rows(hyper: &Hyper) -> usize {
 pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let (rows, tokens) = (hyper.batch as usize, hyper.seq_len as usize);
     let balance = config.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate);
-    let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth: None };
+    // What is compared runs equally deep.
+    let depth = config.looping.as_ref().filter(|_| hyper.phase.compares()).map(|l| Depth::Fixed(l.default));
+    let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth };
     let [first, update] = hyper.entries(balance);
     let rows_at_once = rows / hyper.accumulate as usize;
     let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];

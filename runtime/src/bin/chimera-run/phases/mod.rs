@@ -119,6 +119,11 @@ impl Phase {
         matches!(self, Phase::CtxExtend { .. })
     }
 
+    /// Whether rows are compared with one another.
+    pub fn compares(&self) -> bool {
+        matches!(self, Phase::Dpo { .. })
+    }
+
     /// Notes the checksum of the weights of the reference.
     pub fn refer_to(&mut self, sum: String) {
         if let Phase::Dpo { weights, .. } = self {
