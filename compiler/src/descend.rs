@@ -58,7 +58,7 @@ pub fn keep(old: &Graph, accumulate: bool) -> Result<Graph, InferError> {
     Ok(g)
 }
 
-/// The update graph. Inputs: `c` (`f32 [1]`, the norm of the gradient), `step` (`i32 [1]`, from 0), `lr` (`f32 [1]`), and with balance
+/// The update graph. Inputs: `c` (`f32 [2]`, the norm of the gradient and the share of the weight decay that counts), `step` (`i32 [1]`, from 0), `lr` (`f32 [1]`), and with balance
 /// `load.<layer>` for each router.
 ///
 /// # Errors
@@ -66,11 +66,11 @@ pub fn keep(old: &Graph, accumulate: bool) -> Result<Graph, InferError> {
 pub fn graph(descent: &Descent, targets: &[Target]) -> Result<Graph, InferError> {
     let mut g = Graph::default();
     g.at("update");
-    let norm = g.input("c", Type::f32(&[1]));
+    let c = g.input("c", Type::f32(&[2]));
     let step = g.input("step", Type::i32(&[1]));
     let lr = g.input("lr", Type::f32(&[1]));
     let rule = descent.rule;
-    let rates = g.op(DescentRates { clip: descent.clip, betas: rule.betas() }, &[norm, step, lr])?;
+    let rates = g.op(DescentRates { clip: descent.clip, betas: rule.betas() }, &[c, step, lr])?;
     for t in targets {
         g.at(t.name.rsplit_once('.').map_or("update", |(site, _)| site));
         let ty = Type::f32(&t.dims);

@@ -19,5 +19,5 @@ pub use descend::Descent;
 pub use estimators::{FISHER, Family, Mask, Mode, PerSequence, Scheme, Score, Shared};
 pub use fuse::Decisions;
 pub use optimisers::Optimiser;
-pub use pipeline::{CompileError, EntryKind, EntrySpec, Options, compile, compile_graphs, compile_observed};
+pub use pipeline::{CompileError, EntryKind, EntrySpec, Objective, Options, compile, compile_graphs, compile_observed};
 pub use update::UpdateRule;

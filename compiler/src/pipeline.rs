@@ -14,7 +14,7 @@ use chimera_frontends::{
 use chimera_ir::{
     Graph,
     ops::{InferError, ScaleMode},
-    plan::{CODES, ESTIMATOR, MASK_REFRESH, Plan, SCALES, WeightKind},
+    plan::{CODES, ESTIMATOR, MASK_REFRESH, OWN, Plan, SCALES, WeightKind},
 };
 
 use crate::{
@@ -110,6 +110,19 @@ impl fmt::Display for EntrySpec {
     }
 }
 
+/// What losses are of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Objective {
+    /// Tokens: cross-entropy.
+    #[default]
+    Tokens,
+    /// Pairs of rows, the first of which is preferred (semantics 12.3).
+    Preference {
+        /// How strongly a difference counts.
+        beta: f32,
+    },
+}
+
 /// How to compile.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -117,6 +130,11 @@ pub struct Options {
     pub target: String,
     /// Entry points.
     pub entries: Vec<EntrySpec>,
+    /// What the losses of entry points are of.
+    pub objective: Objective,
+    /// Whether `loss` and `backward` carry states from call to call, those of an entry point as `ENTRY:NAME`; gradients end where a call
+    /// begins (semantics 12.4).
+    pub carried: bool,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
     /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
@@ -153,6 +171,8 @@ impl Default for Options {
         Options {
             target: "host".to_owned(),
             entries: vec![],
+            objective: Objective::Tokens,
+            carried: false,
             trainable: None,
             packed: HashSet::new(),
             stop_after: None,
@@ -249,15 +269,25 @@ pub fn compile_observed(
                 spec.rows, s.group
             )));
         }
+        let loss = match options.objective {
+            Objective::Tokens => Head::Loss,
+            Objective::Preference { beta } => Head::Preference { beta },
+        };
         let build = |head, form, carry| {
             let shape = shape(cfg, spec, form, carry);
             chimera::packed_graph(cfg, shape, head, &options.packed).map_err(fail("build"))
         };
+        // The states of a loss are not those of generating, and every entry point has rows of its own.
+        let build_loss = || {
+            let mut g = build(loss, Form::Chunked, options.carried)?;
+            g.rename_states(&|state| format!("{name}{OWN}{state}"));
+            Ok(g)
+        };
         let g = match &spec.kind {
-            EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
+            EntryKind::Loss | EntryKind::DualLoss(_) => build_loss()?,
             EntryKind::Grad | EntryKind::Backward { .. } => {
                 let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
-                grad::unroll(&build(Head::Loss, Form::Chunked, false)?, half).map_err(fail("build"))?
+                grad::unroll(&build_loss()?, half).map_err(fail("build"))?
             }
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
@@ -279,6 +309,9 @@ pub fn compile_observed(
         graphs.push((spec.kind.clone(), spec.rows, g));
     }
     let mut plan = Plan { config: cfg.to_json().to_string(), target: options.target.clone(), ..Plan::default() };
+    if let Objective::Preference { beta } = options.objective {
+        plan.options.push(("objective".to_owned(), format!("preference beta={beta}")));
+    }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
         if let EntryKind::DualLoss(scheme) = &spec.kind {

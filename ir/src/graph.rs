@@ -249,6 +249,18 @@ impl Graph {
         }
     }
 
+    /// Give every state another name, those of loops too.
+    pub fn rename_states(&mut self, name: &dyn Fn(&str) -> String) {
+        for node in &mut self.nodes {
+            match &mut node.kind {
+                Kind::State(state) => *state = name(state),
+                Kind::Repeat(r) => r.body.rename_states(name),
+                _ => {}
+            }
+        }
+        self.writes.iter_mut().for_each(|(state, _)| *state = name(state));
+    }
+
     /// Append the gradient of `loss` (seeded by `seed`) with respect to every value that lies between it and one of `wanted`.
     ///
     /// Loops are constants: what is to be differentiated is unrolled before. An error names the part of the model.

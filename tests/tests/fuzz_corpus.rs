@@ -161,6 +161,11 @@ fn jsonl() {
 }
 
 #[test]
+fn preferences() {
+    replay("preferences");
+}
+
+#[test]
 fn zstd() {
     replay("zstd");
 }

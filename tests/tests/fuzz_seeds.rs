@@ -18,7 +18,7 @@ use chimera_runtime::files::b158::{self, B158, Entry, ScaleEncoding, ScaleMode, 
 use chimera_runtime::files::safetensors::SafeTensors;
 use chimera_runtime::files::{HostTensor, npy, safetensors};
 use chimera_runtime::text::data::encode_documents;
-use chimera_runtime::text::{Tokens, Vocab, jsonl, zstd};
+use chimera_runtime::text::{Tokens, Vocab, chat, jsonl, zstd};
 use chimera_runtime::train::journal::{self, Header, Item, Record, Rollback, StepRecord};
 
 type Failure = Box<dyn Error>;
@@ -158,6 +158,13 @@ fn write_all(root: &Path) -> Result<(), Failure> {
     let chat = format!(r#"{{"messages": [{{"role": "user", "content": null}}, {{"role": "a", "content": {parts}}}]}}"#);
     put(&at, "seed-chat.jsonl", chat.as_bytes())?;
 
+    let at = folder("preferences")?;
+    let pair = r#"{"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
+    put(&at, "seed-pair.jsonl", pair.as_bytes())?;
+    let turns = r#"{"prompt": [{"role": "assistant", "content": "x"}], "chosen": "", "rejected": "y", "messages": [{"role": "assistant", "content": "z"}]}"#;
+    put(&at, "seed-turns.jsonl", turns.as_bytes())?;
+    put(&at, "seed-lines.jsonl", format!("{turns}\n{pair}\n").as_bytes())?;
+
     Ok(())
 }
 
@@ -178,6 +185,11 @@ fn accepted(target: &str, file: &Path) -> Result<(), Failure> {
         "jsonl" => {
             for line in fs::read_to_string(file)?.lines() {
                 jsonl::record_text(line.as_bytes(), None)?;
+            }
+        }
+        "preferences" => {
+            for line in fs::read_to_string(file)?.lines() {
+                chat::preference(line.as_bytes())?;
             }
         }
         "zstd" => drop(std::io::copy(&mut zstd::Zstd::new(&fs::read(file)?[..]), &mut std::io::sink())?),
@@ -214,7 +226,7 @@ fn seeds_are_accepted() -> Result<(), Failure> {
             }
         }
     }
-    assert_eq!(seeds.len(), 10, "every target has seeds: {seeds:?}");
+    assert_eq!(seeds.len(), 11, "every target has seeds: {seeds:?}");
     assert!(seeds.values().all(|&n| n >= 2), "{seeds:?}");
     Ok(())
 }

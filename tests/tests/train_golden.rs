@@ -38,7 +38,14 @@ impl Case {
         let before = Golden::open("model_params").with_prefix("");
         let ints = |name: &str| -> Vec<i32> { golden.tensor(name).to_i64().iter().map(|&x| x as i32).collect() };
         let [batch, seq] = golden.tensor("in.tokens").ty.dims[..] else { panic!("tokens are a matrix") };
-        let batch = Batch { batch, seq, tokens: ints("in.tokens"), labels: ints("in.labels"), seg: ints("in.seg") };
+        let batch = Batch {
+            batch,
+            seq,
+            tokens: ints("in.tokens"),
+            labels: ints("in.labels"),
+            seg: ints("in.seg"),
+            reference: vec![],
+        };
         let spec = |kind| EntrySpec { kind, rows: batch.batch, tokens: batch.seq, depth: None };
         let entries = kinds.into_iter().chain([EntryKind::Loss]).map(spec).collect();
         let options = Options { target: host().to_string(), entries, ..Options::default() };
@@ -316,7 +323,7 @@ fn agreement_of_gradients() {
         memory[1..].fill(Tensor::zeros(&p.ty));
         for (step, g) in g.as_f32().chunks(n).enumerate() {
             let scalars =
-                [Tensor::f32(&[1], vec![1.0]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
+                [Tensor::f32(&[2], vec![1.0; 2]), Tensor::i32(&[1], vec![step as i32]), Tensor::f32(&[1], vec![1e-2])];
             let rates = DescentRates { clip: 0.0, betas: op.rule.betas() };
             let rates = rates.eval(&scalars.each_ref()).remove(0);
             let g = Tensor::f32(&[n], g.to_vec());

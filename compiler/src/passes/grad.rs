@@ -1,6 +1,7 @@
 //! From the graph of a loss to one graph of the loss and its gradients.
 //!
-//! Loops are unrolled as far as gradients flow through them. What stays a loop is a constant for gradients.
+//! Loops are unrolled as far as gradients flow through them. What stays a loop is a constant for gradients, and so are the states of
+//! earlier calls; an iteration that is unrolled has states of its own, `NAME.ITERATION`.
 
 use std::collections::HashSet;
 
@@ -18,7 +19,7 @@ pub const GRAD: &str = "grad.";
 /// gradient ends at its own place.
 ///
 /// # Errors
-/// When a loop carries states from call to call.
+/// When an operation refuses its operands.
 pub fn unroll(old: &Graph, half: bool) -> Result<Graph, InferError> {
     let mut g = Graph::default();
     let mut map: Vec<Option<Value>> = vec![None; old.n_values()];
@@ -34,7 +35,8 @@ pub fn unroll(old: &Graph, half: bool) -> Result<Graph, InferError> {
     let rename = |list: &[(String, Value)]| -> Vec<(String, Value)> {
         list.iter().map(|(n, v)| (n.clone(), found(&map, &[*v])[0])).collect()
     };
-    (g.outputs, g.writes) = (rename(&old.outputs), rename(&old.writes));
+    g.outputs = rename(&old.outputs);
+    g.writes.extend(rename(&old.writes));
     Ok(g)
 }
 
@@ -58,9 +60,6 @@ fn own_depth(body: &Graph) -> Option<Value> {
 }
 
 fn iterations(g: &mut Graph, r: &Repeat, mut ins: Vec<Value>, half: bool) -> Result<Vec<Value>, InferError> {
-    if !r.body.writes.is_empty() {
-        return Err(InferError::new("repeat", "gradients of a loop that carries states are not differentiable"));
-    }
     let depth = own_depth(&r.body);
     let mut first = 0;
     if half && depth.is_none() {
@@ -90,11 +89,17 @@ fn iterations(g: &mut Graph, r: &Repeat, mut ins: Vec<Value>, half: bool) -> Res
             }
             g.at(node.site.clone());
             let operands = found(&map, &node.ins);
-            let outs = copy(&r.body, g, node, operands)?;
+            let outs = match &node.kind {
+                Kind::State(name) => vec![g.state(format!("{name}.{k}"), r.body.ty(node.outs[0]).clone())],
+                _ => copy(&r.body, g, node, operands)?,
+            };
             node.outs.iter().zip(outs).for_each(|(v, new)| map[v.0 as usize] = Some(new));
         }
         for (i, (_, v)) in r.body.outputs[..r.n_carried].iter().enumerate() {
             ins[i] = found(&map, &[*v])[0];
+        }
+        for (name, v) in &r.body.writes {
+            g.writes.push((format!("{name}.{k}"), found(&map, &[*v])[0]));
         }
     }
     ins.truncate(r.n_carried);

@@ -9,6 +9,7 @@ use super::error::{Code, ConfigError, shown};
 use super::json::{Member, Node, Sources, Span, Value, read_file};
 use super::keys::{Disposition, Entry, check, check_path};
 use super::model::ModelConfig;
+use super::phases::{self, Phase};
 use super::presets::Scale;
 use super::read::Reader;
 use super::sizes::claims;
@@ -54,6 +55,8 @@ pub struct Declared {
 pub struct Loaded {
     /// The model.
     pub model: ModelConfig,
+    /// The phases of training, in document order.
+    pub phases: Vec<Phase>,
     /// Keys of features that are not implemented, in document order.
     pub not_yet: Vec<NotYet>,
     /// Claims, in document order.
@@ -124,7 +127,8 @@ impl Layers {
         let mut root = self.sources.parse(defaults, 0)?;
         root.merge(self.document);
         let model = Reader { sources: &self.sources, root: &root, defaults }.model()?;
-        Ok(finish(model, entries, self.warnings))
+        let phases = phases::read(&self.sources, &root)?;
+        Ok(finish(model, phases, entries, self.warnings))
     }
 
     fn patch(&mut self, name: &str, text: &str) -> Result<(), ConfigError> {
@@ -199,8 +203,8 @@ fn place(node: &mut Node, keys: &[&str], span: Span, value: Node) -> Result<(), 
     Ok(())
 }
 
-fn finish(model: ModelConfig, entries: Vec<Entry>, warnings: Vec<String>) -> Loaded {
-    let mut loaded = Loaded { model, not_yet: Vec::new(), declared: Vec::new(), warnings };
+fn finish(model: ModelConfig, phases: Vec<Phase>, entries: Vec<Entry>, warnings: Vec<String>) -> Loaded {
+    let mut loaded = Loaded { model, phases, not_yet: Vec::new(), declared: Vec::new(), warnings };
     for Entry { path, row, value, off } in entries {
         match row.disposition {
             Disposition::NotYet => {

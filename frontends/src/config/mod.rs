@@ -9,6 +9,7 @@ mod json;
 mod keys;
 mod load;
 mod model;
+mod phases;
 mod presets;
 mod read;
 mod schema;
@@ -27,6 +28,7 @@ pub use model::{
     Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig, ModelConfig,
     MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
 };
+pub use phases::{Phase, PhaseKind, Stage};
 pub use presets::{BYTE_VOCABULARY, O200K_VOCABULARY, Scale};
 pub use schema::schema;
 pub use sizes::{

@@ -18,6 +18,7 @@ const TEXTS: Kind = List(&Text, 0, 1024);
 const NUMBERS: Kind = List(&Num(-1e9, 1e9), 0, 1024);
 const LAYER: Kind = Int(0, 1023);
 const RANGE: Kind = List(&LAYER, 2, 2);
+const STAGE: Kind = Tuple(&[Int(1, 1 << 30), Either(&Words(&["main"]), &COUNT), Num(0.0, 1e3)], 2);
 const MEGABYTES: Kind = Num(0.0, 1e9);
 
 /// All rows, in the order of a full configuration file.
@@ -289,21 +290,21 @@ pub static TABLE: &[Row] = keys! {
     "generation.do_sample", Bool, Consumed, "true", "false means temperature 0";
     "generation.stream", Bool, Note, "", "output always streams";
 
-    "training.phases.[].name", Text, NotYet, "", "training phases";
-    "training.phases.[].tokens", Size, NotYet, "", "training phases";
-    "training.phases.[].data", Either(&Text, &TEXTS), NotYet, "", "training phases";
-    "training.phases.[].seq_len", COUNT, NotYet, "", "training phases";
-    "training.phases.[].batch_tokens", Size, NotYet, "", "training phases";
-    "training.phases.[].optimizer", Text, NotYet, "", "training phases";
-    "training.phases.[].lr", Num(0.0, 1e3), NotYet, "", "training phases";
-    "training.phases.[].schedule", Text, NotYet, "", "training phases";
-    "training.phases.[].warmup_steps", COUNT, NotYet, "", "training phases";
-    "training.phases.[].weight_decay", Num(0.0, 1e3), NotYet, "", "training phases";
-    "training.phases.[].grad_clip", Num(0.0, 1e9), NotYet, "", "training phases";
-    "training.phases.[].ternary", Text, NotYet, "", "training phases";
-    "training.phases.[].stages", List(&List(&Any, 1, 8), 0, 64), NotYet, "", "training phases";
-    "training.phases.[].epochs", Num(0.0, 1e9), NotYet, "", "training phases";
-    "training.phases.[].beta", Num(0.0, 1e3), NotYet, "", "training phases";
+    "training.phases.[].name", Words(&["pretrain", "ctx_extend", "sft", "dpo"]), Consumed, "", "what `train --phase` calls it";
+    "training.phases.[].tokens", Size, Consumed, "", "tokens to train on, where no steps or seconds are given";
+    "training.phases.[].data", Either(&Text, &TEXTS), Consumed, "", "what the data are called; their files are given by --data";
+    "training.phases.[].seq_len", Int(1, 1 << 20), Consumed, "", "tokens of a row";
+    "training.phases.[].batch_tokens", Size, Consumed, "", "tokens of a batch";
+    "training.phases.[].optimizer", Words(&["AdamW", "SGD", "Chimera21", "MeZO", "perseq-lowrank"]), Consumed, "", "estimator of the descent direction";
+    "training.phases.[].lr", Num(0.0, 1e3), Consumed, "", "greatest learning rate";
+    "training.phases.[].schedule", Words(&["cosine_warmup", "constant", "two_stage"]), Consumed, "", "learning rate behind the warm-up";
+    "training.phases.[].warmup_steps", COUNT, Consumed, "", "steps of linear warm-up";
+    "training.phases.[].weight_decay", SHARE, Consumed, "", "decay of ternary matrices as a share of the learning rate";
+    "training.phases.[].grad_clip", Num(0.0, 1e9), Consumed, "", "most that the norm of the gradient may be";
+    "training.phases.[].ternary", Choice(&["native_qat_ste"], &[]), Declared, "", "ternary weights are trained as latents, straight through";
+    "training.phases.[].stages", List(&STAGE, 0, 64), Consumed, "", "tokens of a sequence, steps or \"main\" for those of another phase, and learning rate";
+    "training.phases.[].epochs", POSITIVE, Consumed, "", "passes over the data, where no steps or seconds are given";
+    "training.phases.[].beta", POSITIVE, Consumed, "", "how strongly a preference counts";
     "training.distillation_init.enabled", Bool, NotYet, "", "distillation";
     "training.distillation_init.method", Text, NotYet, "", "distillation";
     "training.distillation_init.teacher", Text, NotYet, "", "distillation";

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use chimera_ir::{
     Graph, Type, Value,
-    ops::{CrossEntropy, Embed, Linear, LossMean, PackPanels, Positions, RopeScaling, RopeTable},
+    ops::{CrossEntropy, Embed, Linear, LossMean, PackPanels, Positions, Preference, RopeScaling, RopeTable},
 };
 
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// What an entry point returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Head {
     /// `hidden [R, T, d]` after the final norm and `logits [R, T, V]`.
     Logits,
@@ -21,6 +21,12 @@ pub enum Head {
     Hidden,
     /// `losses [R]` and `loss [1]`, in nats; takes `labels` (-100 is ignored).
     Loss,
+    /// The same of pairs of rows, whose first is preferred: `losses`, `loss`, `margins [R]` and `logp [R]` (see [`Preference`]); takes
+    /// `labels` and `reference` (`f32 [R]`).
+    Preference {
+        /// How strongly a difference counts.
+        beta: f32,
+    },
 }
 
 /// The graph of one entry point.
@@ -82,12 +88,19 @@ fn build(mut net: Net<'_>, head: Head) -> Built<Graph> {
             let z = net.op(Linear { m: cfg.vocab_size, grouped_rows: false }, &[h, panels])?;
             net.g.outputs.extend([("hidden".into(), h), ("logits".into(), z)]);
         }
-        Head::Loss => {
+        Head::Loss | Head::Preference { .. } => {
             let labels = net.g.input("labels", tokens);
             let panels = net.op(PackPanels {}, &[table])?;
             let nll = net.op(CrossEntropy { vocab: cfg.vocab_size }, &[h, panels, labels])?;
-            let outs = net.g.ops(LossMean {}, &[nll, labels])?;
-            net.g.outputs.extend([("losses".into(), outs[0]), ("loss".into(), outs[1])]);
+            let outs = match head {
+                Head::Preference { beta } => {
+                    let reference = net.g.input("reference", Type::f32(&[shape.rows]));
+                    net.g.ops(Preference { beta }, &[nll, reference])?
+                }
+                _ => net.g.ops(LossMean {}, &[nll, labels])?,
+            };
+            let names = ["losses", "loss", "margins", "logp"];
+            net.g.outputs.extend(names.iter().zip(outs).map(|(name, v)| ((*name).to_owned(), v)));
         }
     }
     let side = std::mem::take(&mut net.side);

@@ -80,8 +80,9 @@ impl DescentRule {
     }
 }
 
-/// `(w, memory.., g, rates f32 [4]) -> (w, memory..)`, all `f32` of one shape and updated in place; `rates` are those of
-/// [`super::DescentRates`]: the factor of the gradient, the learning rate, and the corrections of both running means.
+/// `(w, memory.., g, rates f32 [5]) -> (w, memory..)`, all `f32` of one shape and updated in place; `rates` are those of
+/// [`super::DescentRates`]: the factor of the gradient, the learning rate, the corrections of both running means, and the share of the
+/// weight decay.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Descend {
     /// How.
@@ -107,9 +108,9 @@ impl Descend {
 
     /// The new values of one element.
     fn step(&self, old: &[f32], g: f32, rates: &[f32]) -> Vec<f32> {
-        let [scale, lr, c1, c2] = rates[..] else { unreachable!("there are four rates") };
+        let [scale, lr, c1, c2, share] = rates[..] else { unreachable!("there are five rates") };
         let g = g * scale;
-        let kept = old[0] * (1.0 - lr * self.decay);
+        let kept = old[0] * (1.0 - lr * (self.decay * share));
         let means = |beta1: f32, beta2: f32| {
             let m = beta1 * old[1] + rest(beta1) * g;
             (m, beta2 * old[2] + rest(beta2) * (g * g))
@@ -146,11 +147,11 @@ impl Descend {
 
     /// [`Descend::step`] as expressions; `old` are bound.
     fn emit(&self, cx: &mut Lower<'_>, old: &[Expr], g: Expr, rates: &[Expr]) -> Vec<Expr> {
-        let [scale, lr, c1, c2] = rates else { unreachable!("there are four rates") };
+        let [scale, lr, c1, c2, share] = rates else { unreachable!("there are five rates") };
         let g = cx.bind(g * scale);
         let kept = match self.decay {
             0.0 => old[0].clone(),
-            decay => &old[0] * cx.b.bind(f32c(1.0) - lr * f32c(decay)),
+            decay => &old[0] * cx.b.bind(f32c(1.0) - lr * (f32c(decay) * share)),
         };
         let means = |cx: &mut Lower<'_>, beta1: f32, beta2: f32| {
             let m = cx.bind(f32c(beta1) * &old[1] + f32c(rest(beta1)) * &g);
@@ -203,14 +204,14 @@ impl OpDef for Descend {
         let n = self.n();
         let fits = ins.len() == n + 2
             && ins[..=n].iter().all(|t| t.dtype == DType::F32 && *t == ins[0])
-            && ins[n + 1] == Type::f32(&[4]);
+            && ins[n + 1] == Type::f32(&[5]);
         if fits {
             return Ok(ins[..n].to_vec());
         }
         let memory = self.rule.memory().join(", ");
         Err(InferError::new(
             Self::NAME,
-            format!("takes a weight, {memory}, a gradient of the same type and four rates"),
+            format!("takes a weight, {memory}, a gradient of the same type and five rates"),
         ))
     }
 
@@ -239,7 +240,7 @@ impl OpDef for Descend {
         let bufs: Vec<_> = (0..n + 2).map(|k| cx.buf(k)).collect();
         let row = cx.grid(ty.rows());
         let base = cx.bind(row * ty.cols());
-        let rates: Vec<Expr> = (0..4).map(|i| cx.b.bind(Expr::load(bufs[n + 1], Expr::from(i)))).collect();
+        let rates: Vec<Expr> = (0..5).map(|i| cx.b.bind(Expr::load(bufs[n + 1], Expr::from(i)))).collect();
         cx.lanes(0, ty.cols(), 2, |cx, col| {
             let at = cx.bind(&base + col);
             let old: Vec<Expr> = bufs[..n].iter().map(|&b| cx.b.bind(Expr::load(b, &at))).collect();
@@ -278,7 +279,7 @@ impl OpDef for Descend {
         };
         let of = |rule: DescentRule, decay, dims: &[usize]| {
             let n = rule.memory().len() + 2;
-            (Descend { rule, decay }, [vec![Type::f32(dims); n], vec![Type::f32(&[4])]].concat())
+            (Descend { rule, decay }, [vec![Type::f32(dims); n], vec![Type::f32(&[5])]].concat())
         };
         vec![
             of(adam, 0.1, &[7, 11]),
@@ -299,7 +300,7 @@ impl OpDef for Descend {
                 *x = match k {
                     2 if n > 2 => x.abs(),
                     k if k == n && i % 3 == 0 => 0.0,
-                    k if k == n + 1 => [0.7, 0.01, 2.5, 1.5][i],
+                    k if k == n + 1 => [0.7, 0.01, 2.5, 1.5, 0.5][i],
                     _ => *x,
                 };
             }

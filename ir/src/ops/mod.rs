@@ -52,6 +52,8 @@ mod pack_panels;
 mod pack_ternary;
 mod period_start;
 mod positions;
+mod preference;
+mod preference_grad;
 mod probe;
 mod quantise;
 mod random;
@@ -134,6 +136,8 @@ pub use self::{
     pack_ternary::{BLOCK_ROWS, PackTernary, packed_type},
     period_start::PeriodStart,
     positions::Positions,
+    preference::Preference,
+    preference_grad::PreferenceGrad,
     probe::Probe,
     quantise::{CODE_PAD, Quantise},
     random::{Distribution, Random, box_muller, philox, stream, stream_id},
@@ -583,4 +587,4 @@ impl Op {
     }
 }
 
-ops! { AddTotal, Balance, Binary, BlockScales, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }
+ops! { AddTotal, Balance, Binary, BlockScales, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Preference, PreferenceGrad, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }

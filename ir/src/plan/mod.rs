@@ -74,6 +74,9 @@ pub const CODES: &str = ".codes";
 /// Behind the name of a ternary weight: its scales in the layout of `BlockScales`, stacked like the codes.
 pub const SCALES: &str = ".alpha";
 
+/// Between the name of an entry point and that of a state which no other entry point shares.
+pub const OWN: &str = ":";
+
 impl WeightKind {
     /// Every kind with its stable name.
     pub const ALL: [(WeightKind, &'static str); 7] = [

@@ -222,9 +222,16 @@ impl Executable {
 
     /// Make every state fresh: zero.
     pub fn reset_states(&mut self) {
-        for block in &mut self.memory.states {
-            let n = block.bytes();
-            block.slice_mut::<u8>(0, n).fill(0);
+        self.reset_states_where(&|_| true);
+    }
+
+    /// Make the states of these names fresh.
+    pub fn reset_states_where(&mut self, named: &dyn Fn(&str) -> bool) {
+        for (block, state) in self.memory.states.iter_mut().zip(&self.plan.states) {
+            if named(&state.name) {
+                let n = block.bytes();
+                block.slice_mut::<u8>(0, n).fill(0);
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use std::ops::ControlFlow;
 use crate::exec::{EntryId, ExecError, Executable};
 use crate::rng;
 use crate::text::{SampleError, Sampler, Sampling, Vocab};
+use chimera_ir::plan::OWN;
 
 /// The entry point that takes one token and returns `logits`.
 pub const DECODE: &str = "decode";
@@ -140,6 +141,11 @@ pub struct Generator<'a> {
     chunk: Vec<i32>,
 }
 
+/// Make the states of generating fresh; those of a training entry point are its own.
+fn fresh(exe: &mut Executable) {
+    exe.reset_states_where(&|name| !name.contains(OWN));
+}
+
 impl<'a> Generator<'a> {
     /// Begin an empty text with fresh states.
     ///
@@ -166,7 +172,7 @@ impl<'a> Generator<'a> {
         for (entry, tokens) in [(decode, 1)].into_iter().chain(prefill) {
             exe.set_input(entry, "seg", &vec![0i32; tokens])?;
         }
-        exe.reset_states();
+        fresh(exe);
         Ok(Generator {
             exe,
             decode,
@@ -182,7 +188,7 @@ impl<'a> Generator<'a> {
 
     /// Forget the text.
     pub fn reset(&mut self) {
-        self.exe.reset_states();
+        fresh(self.exe);
         self.logits.clear();
         self.recent.clear();
         self.position = 0;

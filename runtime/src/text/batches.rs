@@ -4,16 +4,16 @@
 //! the size of batches, nor on where a run was interrupted.
 
 use super::TextError;
-use super::order::permute;
+use super::order::Draw;
 use super::pack::{Batch, TokenStream};
+use std::ops::Range;
 
 /// Streams that are drawn from in the ratio of their weights and sizes, each in blocks that are shuffled anew for every pass over it.
 #[derive(Clone, Debug)]
 pub struct Batches {
-    /// Stream, number of blocks, and the share of blocks that come from it or from those behind it that come from it: of 2^64.
-    streams: Vec<(TokenStream, u64, u64)>,
+    streams: Vec<TokenStream>,
+    draw: Draw,
     block: usize,
-    seed: u64,
 }
 
 impl Batches {
@@ -36,19 +36,13 @@ impl Batches {
         if let Some((_, short)) = streams.iter().find(|(_, stream)| stream.rows(block) == 0) {
             return Err(TextError::TooShort { tokens: short.len(), seq: block });
         }
-        let shares: Vec<f64> = streams.iter().map(|(weight, stream)| weight * stream.rows(block) as f64).collect();
-        let mixed = streams.into_iter().enumerate().map(|(i, (_, stream))| {
-            let rest: f64 = shares[i..].iter().sum();
-            let blocks = stream.rows(block) as u64;
-            // The conversion saturates at the greatest number.
-            (stream, blocks, (shares[i] / rest * 2f64.powi(64)) as u64)
-        });
-        Ok(Self { streams: mixed.collect(), block, seed })
+        let blocks: Vec<(f64, u64)> = streams.iter().map(|(weight, s)| (*weight, s.rows(block) as u64)).collect();
+        Ok(Self { streams: streams.into_iter().map(|s| s.1).collect(), draw: Draw::new(&blocks, seed), block })
     }
 
     /// All streams.
     pub fn streams(&self) -> impl Iterator<Item = &TokenStream> {
-        self.streams.iter().map(|s| &s.0)
+        self.streams.iter()
     }
 
     /// Tokens of all streams, end-of-document tokens included.
@@ -66,21 +60,12 @@ impl Batches {
         self.streams.is_empty()
     }
 
-    /// The stream and the block in it that are drawn as number `index`.
-    fn block_at(&self, index: u64) -> (usize, usize) {
-        // How many of the first n blocks that this stream or one behind it gives are its own.
-        let own = |n: u64, share: u64| ((u128::from(n) * u128::from(share)) >> 64) as u64;
-        let mut index = index;
-        for (number, &(_, blocks, share)) in self.streams.iter().enumerate() {
-            let before = own(index, share);
-            if number + 1 == self.streams.len() || own(index + 1, share) > before {
-                let drawn = if number + 1 == self.streams.len() { index } else { before };
-                let seed = self.seed.wrapping_add(number as u64);
-                return (number, permute(drawn % blocks, blocks, seed, drawn / blocks) as usize);
-            }
-            index -= before;
-        }
-        unreachable!("the last stream takes what the others leave")
+    /// Adds positions `within` of the block that is drawn as number `index`; its documents are numbered from `first` on.
+    pub(super) fn push_part(&self, index: u64, within: Range<usize>, first: i32, out: &mut Batch) {
+        let (stream, block) = self.draw.at(index);
+        let (stream, start) = (&self.streams[stream], block * self.block);
+        let passed = stream.document_at(start + within.start) - stream.document_at(start);
+        stream.push_range(start + within.start..start + within.end, Some(first + passed as i32), out);
     }
 
     /// `batch` rows of `seq` tokens from `position` on, and the position behind them. A row may hold several blocks, or part of one;
@@ -92,10 +77,10 @@ impl Batches {
             let mut number = 0;
             while out.tokens.len() < row * seq {
                 let (index, within) = (at / self.block as u64, (at % self.block as u64) as usize);
-                let (stream, block) = self.block_at(index);
+                let (stream, block) = self.draw.at(index);
                 let n = (self.block - within).min(row * seq - out.tokens.len());
                 let start = block * self.block + within;
-                self.streams[stream].0.push_range(start..start + n, Some(number), &mut out);
+                self.streams[stream].push_range(start..start + n, Some(number), &mut out);
                 number = out.seg.last().map_or(0, |last| last.wrapping_add(1));
                 at += n as u64;
             }
@@ -143,7 +128,7 @@ mod tests {
         let blocks = stream().rows(5);
         assert!(24 > 2 * blocks, "the batches run over the end of a pass");
         for pass in 0..2 {
-            let mut seen: Vec<usize> = (0..blocks).map(|i| batches.block_at((pass * blocks + i) as u64).1).collect();
+            let mut seen: Vec<usize> = (0..blocks).map(|i| batches.draw.at((pass * blocks + i) as u64).1).collect();
             assert!(seen != (0..blocks).collect::<Vec<_>>());
             seen.sort_unstable();
             assert_eq!(seen, (0..blocks).collect::<Vec<_>>());
@@ -191,7 +176,7 @@ mod tests {
             }
         }
         let mut own: Vec<usize> =
-            (0..550).map(|i| batches.block_at(i)).filter(|b| b.0 == 0).take(10).map(|b| b.1).collect();
+            (0..550).map(|i| batches.draw.at(i)).filter(|b| b.0 == 0).take(10).map(|b| b.1).collect();
         own.sort_unstable();
         assert_eq!(own, (0..10).collect::<Vec<_>>(), "a pass over a stream has each of its blocks once");
     }

@@ -65,7 +65,7 @@ pub fn encode_documents(vocab: &Vocab, documents: &[&str]) -> io::Result<Vec<u8>
 }
 
 /// A hash of a document by the checksum and number of its bytes.
-fn hash(sum: u32, bytes: u64) -> u64 {
+pub(super) fn hash(sum: u32, bytes: u64) -> u64 {
     mix(u64::from(sum) ^ bytes << 32)
 }
 
@@ -355,7 +355,8 @@ pub fn split(sources: &[TokenSource], fraction: f64, end_of_document: u32) -> Re
             validation.extend((cut < n).then(|| part(cut..n)));
             continue;
         }
-        let held = held_out(tokens, fraction);
+        let hashes: Vec<u64> = (0..tokens.documents()).map(|i| tokens.document(i).hash).collect();
+        let held = held_out(&hashes, fraction);
         for (index, held) in held.into_iter().enumerate() {
             let part = part(tokens.document(index).ids);
             if held { validation.push(part) } else { kept.push(part) }
@@ -368,18 +369,17 @@ pub fn split(sources: &[TokenSource], fraction: f64, end_of_document: u32) -> Re
     })
 }
 
-/// Which of several documents are held out.
-fn held_out(tokens: &Tokens, fraction: f64) -> Vec<bool> {
-    let hashes: Vec<u64> = (0..tokens.documents()).map(|i| tokens.document(i).hash).collect();
+/// Which of several documents are held out, by the hashes of their text.
+pub(super) fn held_out(hashes: &[u64], fraction: f64) -> Vec<bool> {
     let share = |hash: u64| hash as f64 / 2f64.powi(64);
     let mut held: Vec<bool> = hashes.iter().map(|&h| share(h) < fraction).collect();
     if fraction > 0.0 && !held.contains(&true) {
         let least = hashes.iter().min().copied();
-        held.iter_mut().zip(&hashes).for_each(|(held, h)| *held = Some(*h) == least);
+        held.iter_mut().zip(hashes).for_each(|(held, h)| *held = Some(*h) == least);
     }
     if !held.contains(&false) {
         let most = hashes.iter().max().copied();
-        held.iter_mut().zip(&hashes).for_each(|(held, h)| *held = Some(*h) != most);
+        held.iter_mut().zip(hashes).for_each(|(held, h)| *held = Some(*h) != most);
     }
     held
 }

@@ -101,6 +101,13 @@ pub enum TextError {
         /// Row length asked for.
         seq: usize,
     },
+    /// No example with an answer within a row.
+    NoAnswers {
+        /// Examples without one.
+        skipped: usize,
+        /// Row length asked for.
+        seq: usize,
+    },
     /// A validation fraction outside `[0, 1)`.
     BadFraction(f64),
 }
@@ -152,6 +159,10 @@ impl fmt::Display for TextError {
                 "the data has {tokens} tokens, expected at least {} for one row of {seq}; give more data or a \
                  shorter sequence length",
                 seq.saturating_add(1)
+            ),
+            Self::NoAnswers { skipped, seq } => write!(
+                f,
+                "no example is left to train on: {skipped} of them have no answer within a row of {seq} tokens; give longer rows"
             ),
             Self::BadFraction(x) => {
                 write!(f, "validation fraction is {x}, expected a number from 0 to below 1")

@@ -16,41 +16,80 @@ const MESSAGES: &str = "messages";
 /// # Errors
 /// What was found and what was expected.
 pub fn record_text(line: &[u8], field: Option<&str>) -> Result<String, String> {
+    let value = record(line)?;
+    match found(&value, field)? {
+        (_, Value::String(text)) => Ok(text.clone()),
+        (name, Value::Array(list)) => {
+            let written = messages(list).map_err(|what| format!("field {name:?}: {what}"))?;
+            Ok(written.iter().enumerate().map(|(i, m)| m.head(i) + &m.body()).collect())
+        }
+        (name, other) => Err(format!("field {name:?} is {}, expected a string or a list of messages", kind(other))),
+    }
+}
+
+/// The object of a line.
+pub(super) fn record(line: &[u8]) -> Result<Value, String> {
     let value: Value = serde_json::from_slice(line).map_err(|e| {
         // The place inside the one line; the caller adds which line that is.
         let text = e.to_string();
         let what = text.split(" at line ").next().unwrap_or_default().to_owned();
         format!("column {}: {what}, expected one JSON object a line", e.column())
     })?;
-    let Value::Object(record) = &value else {
-        return Err(format!("found {}, expected a JSON object", kind(&value)));
-    };
+    match &value {
+        Value::Object(_) => Ok(value),
+        other => Err(format!("found {}, expected a JSON object", kind(other))),
+    }
+}
+
+/// The name and value of the field to read.
+pub(super) fn found<'a>(record: &'a Value, field: Option<&'a str>) -> Result<(&'a str, &'a Value), String> {
     let (name, found) = match field {
-        Some(path) => (path, lookup(&value, path)),
+        Some(path) => (path, lookup(record, path)),
         None => match record.get(DEFAULT_FIELD) {
             Some(text) => (DEFAULT_FIELD, Some(text)),
             None => (MESSAGES, record.get(MESSAGES)),
         },
     };
-    match found {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Array(messages)) => conversation(messages).map_err(|what| format!("field {name:?}: {what}")),
-        Some(other) => Err(format!("field {name:?} is {}, expected a string or a list of messages", kind(other))),
-        None => {
-            let known: Vec<&str> = record.keys().map(String::as_str).take(8).collect();
-            let wanted = field.unwrap_or("text\" or \"messages");
-            Err(format!("no field \"{wanted}\", the record has {known:?}; name the field by --field"))
-        }
-    }
+    found.map(|value| (name, value)).ok_or_else(|| {
+        let known = known(record);
+        let wanted = field.unwrap_or("text\" or \"messages");
+        format!("no field \"{wanted}\", the record has {known:?}; name the field by --field")
+    })
+}
+
+/// Some names of the fields of a record.
+pub(super) fn known(record: &Value) -> Vec<&str> {
+    record.as_object().map_or(vec![], |fields| fields.keys().map(String::as_str).take(8).collect())
 }
 
 fn lookup<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     value.get(path).or_else(|| path.split('.').try_fold(value, |value, key| value.get(key)))
 }
 
-fn conversation(messages: &[Value]) -> Result<String, String> {
-    let mut out = String::new();
-    for (message, number) in messages.iter().zip(1..) {
+/// A message of a conversation.
+pub(super) struct Message {
+    /// Who speaks.
+    pub role: String,
+    /// What is said.
+    pub text: String,
+}
+
+impl Message {
+    /// What stands in front of what is said by message `number`, counted from 0.
+    pub(super) fn head(&self, number: usize) -> String {
+        format!("{}{}:", if number > 0 { "\n" } else { "" }, self.role)
+    }
+
+    /// What is said, up to the line end behind it.
+    pub(super) fn body(&self) -> String {
+        format!(" {}\n", self.text)
+    }
+}
+
+/// The messages of a list; those whose content is null are left out.
+pub(super) fn messages(list: &[Value]) -> Result<Vec<Message>, String> {
+    let mut out = vec![];
+    for (message, number) in list.iter().zip(1..) {
         let role = message.get("role").and_then(Value::as_str);
         let role = role.ok_or_else(|| format!("message {number} has no \"role\", expected role and content"))?;
         let text = match message.get("content") {
@@ -62,15 +101,12 @@ fn conversation(messages: &[Value]) -> Result<String, String> {
             }
             None => return Err(format!("message {number} has no \"content\", expected role and content")),
         };
-        if !out.is_empty() {
-            out.push('\n');
-        }
-        out.extend([role, ": ", &text, "\n"]);
+        out.push(Message { role: role.to_owned(), text });
     }
     Ok(out)
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a truth value",

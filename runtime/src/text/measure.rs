@@ -19,13 +19,14 @@ pub struct LossTally {
 }
 
 impl LossTally {
-    /// Adds a batch whose mean loss over counted labels is `mean` nats. A batch without counted labels adds nothing.
+    /// Adds a batch whose mean loss over counted labels is `mean` nats. A batch without counted labels adds nothing. Rows that are
+    /// compared are one token each, without bytes.
     pub fn add(&mut self, mean: f64, batch: &Batch, vocab: &Vocab) {
-        let counted = batch.counted();
-        if counted > 0 {
-            self.nats += mean * counted as f64;
+        let counted: f64 = batch.weights().iter().sum();
+        if counted > 0.0 {
+            self.nats += mean * counted;
             self.tokens += counted as u64;
-            self.bytes += label_bytes(vocab, &batch.labels);
+            self.bytes += if batch.reference.is_empty() { label_bytes(vocab, &batch.labels) } else { 0 };
         }
     }
 

@@ -33,6 +33,46 @@ pub(super) fn mix(word: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// Which block of which of several streams is drawn next: each stream has weight times blocks in every sum of weight times blocks,
+/// spread evenly, and its blocks are shuffled anew for every pass over it.
+#[derive(Clone, Debug)]
+pub(super) struct Draw {
+    /// Number of blocks, and the share of blocks that come from this stream or from those behind it that come from it: of 2^64.
+    streams: Vec<(u64, u64)>,
+    seed: u64,
+}
+
+impl Draw {
+    /// Weight and number of blocks of each stream; at least one, none without a block.
+    pub(super) fn new(streams: &[(f64, u64)], seed: u64) -> Draw {
+        assert!(!streams.is_empty() && streams.iter().all(|s| s.1 > 0), "there is a block to draw from every stream");
+        let shares: Vec<f64> = streams.iter().map(|(weight, blocks)| weight * *blocks as f64).collect();
+        let share = |i: usize| {
+            let rest: f64 = shares[i..].iter().sum();
+            // The conversion saturates at the greatest number.
+            (shares[i] / rest * 2f64.powi(64)) as u64
+        };
+        Draw { streams: streams.iter().enumerate().map(|(i, s)| (s.1, share(i))).collect(), seed }
+    }
+
+    /// The stream and the block in it that are drawn as number `index`.
+    pub(super) fn at(&self, index: u64) -> (usize, usize) {
+        // How many of the first n blocks that this stream or one behind it gives are its own.
+        let own = |n: u64, share: u64| ((u128::from(n) * u128::from(share)) >> 64) as u64;
+        let mut index = index;
+        for (number, &(blocks, share)) in self.streams.iter().enumerate() {
+            let before = own(index, share);
+            if number + 1 == self.streams.len() || own(index + 1, share) > before {
+                let drawn = if number + 1 == self.streams.len() { index } else { before };
+                let seed = self.seed.wrapping_add(number as u64);
+                return (number, permute(drawn % blocks, blocks, seed, drawn / blocks) as usize);
+            }
+            index -= before;
+        }
+        unreachable!("the last stream takes what the others leave")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -30,7 +30,7 @@ pub struct TokenStream {
 }
 
 /// `[batch, seq]` row-major inputs of a loss entry point.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// Number of rows.
     pub batch: usize,
@@ -42,6 +42,8 @@ pub struct Batch {
     pub labels: Vec<i32>,
     /// Document numbers; a change resets the recurrent states.
     pub seg: Vec<i32>,
+    /// Log-probability of the labels of each row under the reference, where each even row is preferred to the row behind it; else empty.
+    pub reference: Vec<f32>,
 }
 
 impl TokenStream {
@@ -115,6 +117,11 @@ impl TokenStream {
         out
     }
 
+    /// The number of the document at a position.
+    pub(super) fn document_at(&self, position: usize) -> usize {
+        self.ends.partition_point(|&end| end < position)
+    }
+
     /// Positions that have a next token.
     pub(super) fn labelled(&self) -> usize {
         self.len().saturating_sub(1)
@@ -130,7 +137,7 @@ impl TokenStream {
     /// Positions that have labels. Documents are numbered as in the stream, or from `first` on.
     pub(super) fn push_range(&self, positions: Range<usize>, first: Option<i32>, out: &mut Batch) {
         let mut at = positions.start;
-        let from = self.ends.partition_point(|&end| end < at);
+        let from = self.document_at(at);
         for (index, document) in self.documents.iter().enumerate().skip(from) {
             if at >= positions.end {
                 break;
@@ -151,7 +158,7 @@ impl TokenStream {
         }
     }
 
-    fn push_padding(&self, positions: usize, out: &mut Batch) {
+    pub(super) fn push_padding(&self, positions: usize, out: &mut Batch) {
         let to = out.tokens.len() + positions;
         out.tokens.resize(to, self.end_of_document as i32);
         out.labels.resize(to, IGNORE);
@@ -162,7 +169,14 @@ impl TokenStream {
 impl Batch {
     pub(super) fn empty(batch: usize, seq: usize) -> Self {
         let room = || Vec::with_capacity(batch * seq);
-        Self { batch, seq, tokens: room(), labels: room(), seg: room() }
+        Self { batch, seq, tokens: room(), labels: room(), seg: room(), reference: vec![] }
+    }
+
+    /// What the loss of each row counts in a mean: the number of its labels; of rows that are compared, 1 where it has any.
+    pub fn weights(&self) -> Vec<f64> {
+        let counted = |row: &[i32]| row.iter().filter(|&&label| label != IGNORE).count() as f64;
+        let counts = self.labels.chunks(self.seq.max(1)).map(counted);
+        if self.reference.is_empty() { counts.collect() } else { counts.map(|n| n.min(1.0)).collect() }
     }
 
     /// Positions whose label counts.

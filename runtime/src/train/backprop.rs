@@ -1,20 +1,28 @@
 //! A step along the gradient: what `backward` found, for the update that follows.
 //!
-//! Invariant: the gradient itself never leaves the executable; of a step, the norm of the gradient is recorded. The update of a step
+//! Invariant: the gradient itself never leaves the executable; of a step, the norm of the gradient and the share of the weight decay are
+//! recorded. The update of a step
 //! therefore follows `backward` on the same batch, never a record alone.
 
 use super::TrainError;
-use super::step::{DEPTH, Probed, counted, input_type, matrix, total_load, weighted};
+use super::step::{DEPTH, Probed, REFERENCE, input_type, matrix, total_load, weighted};
 use crate::exec::{EntryId, Executable};
 use crate::text::Batch;
 use chimera_ir::plan::Plan;
 
 /// The entry point that computes gradients.
 pub(super) const BACKWARD: &str = "backward";
+/// The states where it leaves gradients begin so.
+const GRADIENT: &str = "grad.";
 /// Its input where gradients of parts of a batch add up: what part the rows are.
 const SHARE: &str = "share";
 /// Its output: the sum of the squares of the gradient.
 const SQUARES: &str = "squares";
+
+/// Number of scalars of an update.
+pub(super) const SCALARS: usize = 2;
+/// Which of them is the share of the weight decay.
+pub(super) const DECAY: usize = 1;
 
 /// Whether a plan trains along gradients.
 pub(super) fn has_gradients(plan: &Plan) -> bool {
@@ -22,7 +30,7 @@ pub(super) fn has_gradients(plan: &Plan) -> bool {
 }
 
 /// The gradient of the loss on `batch`, whose rows go through `backward` in parts of its number of rows. Returned are the loss, and as
-/// the only scalar of the update the norm of the gradient. `depths` has a loop depth for every row where the plan takes one, `loads` the
+/// scalars of the update the norm of the gradient and the share of the weight decay that counts: all of it. `depths` has a loop depth for every row where the plan takes one, `loads` the
 /// outputs with the loads of experts.
 ///
 /// # Errors
@@ -45,10 +53,10 @@ pub(super) fn descent(
             if accumulates { " or a multiple" } else { "" }
         )));
     }
-    let counts = counted(batch);
+    let counts = batch.weights();
     let total: f64 = counts.iter().sum();
     if accumulates {
-        exec.reset_states();
+        exec.reset_states_where(&|name| name.starts_with(GRADIENT));
     }
     let (mut losses, mut all) = (Vec::with_capacity(batch.batch), vec![]);
     for part in 0..parts {
@@ -56,6 +64,9 @@ pub(super) fn descent(
         let cells = at.start * batch.seq..at.end * batch.seq;
         for (name, values) in [("tokens", &batch.tokens), ("seg", &batch.seg), ("labels", &batch.labels)] {
             exec.set_input(backward, name, values.get(cells.clone()).unwrap_or_default())?;
+        }
+        if !batch.reference.is_empty() {
+            exec.set_input(backward, REFERENCE, batch.reference.get(at.clone()).unwrap_or_default())?;
         }
         if let Some(depths) = depths {
             exec.set_input(backward, DEPTH, depths.get(at.clone()).unwrap_or_default())?;
@@ -79,6 +90,6 @@ pub(super) fn descent(
     let norm = exec.output::<f64>(backward, SQUARES)?.iter().sum::<f64>().sqrt();
     match [loss, norm].into_iter().find(|x| !x.is_finite()) {
         Some(bad) => Err(TrainError::Diverged { step, loss: bad }),
-        None => Ok(Probed { plus: vec![], minus: vec![], c: vec![norm as f32], loads: all, loss }),
+        None => Ok(Probed { plus: vec![], minus: vec![], c: vec![norm as f32, 1.0], loads: all, loss }),
     }
 }

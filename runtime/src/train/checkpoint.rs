@@ -4,10 +4,11 @@
 //! Files are replaced atomically; older checkpoints are removed only after a newer one is on disk.
 
 use super::TrainError;
+use super::carried;
 use super::driver::Progress;
 use super::weights::WeightFile;
 use crate::exec::Executable;
-use crate::files::b158::{self, Entry};
+use crate::files::b158::{self, Encoding, Entry};
 use chimera_ir::plan::WeightKind;
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -95,8 +96,13 @@ pub fn save(folder: &Path, exec: &Executable, meta: &Meta, keep: usize) -> Resul
 pub fn write(path: &Path, exec: &Executable, meta: &Meta) -> Result<(), TrainError> {
     let weights = &exec.plan().weights;
     let values: Vec<Cow<'_, [f32]>> = weights.iter().map(|w| exec.weight_f32(&w.name)).collect::<Result<_, _>>()?;
-    let tensors: Vec<Entry<'_>> =
-        weights.iter().zip(&values).map(|(w, v)| Entry::f32(&w.name, &w.ty.dims, v)).collect();
+    let states = carried::states(exec)?;
+    let tensors: Vec<Entry<'_>> = weights
+        .iter()
+        .zip(&values)
+        .map(|(w, v)| Entry::f32(&w.name, &w.ty.dims, v))
+        .chain(states.iter().map(|(name, bytes)| Entry::stored(name, Encoding::I32, &[bytes.len() / 4], &bytes[..])))
+        .collect();
     let p = &meta.progress;
     let progress = json!({
         "step": p.step, "position": p.position, "ema": p.ema, "lowest": p.lowest, "seconds": p.seconds, "rollbacks": p.rollbacks
@@ -144,12 +150,13 @@ pub fn meta(file: &WeightFile) -> Result<Option<Meta>, TrainError> {
     }))
 }
 
-/// Sets weights and optimizer memory of `exec` from a checkpoint. Returns the names of the tensors that nothing reads.
+/// Sets weights, optimizer memory and carried states of `exec` from a checkpoint. Returns the names of the tensors that nothing reads.
 ///
 /// # Errors
 /// As for [`WeightFile::assign`].
 pub fn restore(file: &WeightFile, exec: &mut Executable) -> Result<Vec<String>, TrainError> {
     let optimizer = exec.plan().weights.iter().any(|w| w.kind == WeightKind::Optimizer);
+    carried::restore(file, exec)?;
     file.assign(exec, optimizer)
 }
 

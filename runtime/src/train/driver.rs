@@ -4,6 +4,7 @@
 //! changes nothing. A step is in the journal before the next one begins.
 
 use super::TrainError;
+use super::backprop::DECAY;
 use super::checkpoint::{self, Meta};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
@@ -13,7 +14,7 @@ use super::watch::{MemoryWatch, explodes, is_calm};
 use super::weights::WeightFile;
 use crate::files::FileError;
 use crate::generate::{Generator, Settings};
-use crate::text::{Batch, Batches, LossTally, StreamDecoder, TokenStream, Vocab};
+use crate::text::{Batch, Feed, HeldOut, LossTally, StreamDecoder, Vocab};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -183,9 +184,9 @@ pub struct Run<'a> {
     /// Entry points and weights.
     pub trainer: &'a mut Trainer,
     /// Training data.
-    pub batches: &'a Batches,
+    pub batches: &'a dyn Feed,
     /// Held-out data.
-    pub validation: &'a TokenStream,
+    pub validation: &'a dyn HeldOut,
     /// Vocabulary of both.
     pub vocab: &'a Vocab,
     /// Where the run is.
@@ -266,10 +267,14 @@ impl Run<'_> {
         let began = Instant::now();
         let before = self.progress;
         let over = options.budget.over(&before, options.schedule.warmup);
-        let lr = options.schedule.at(before.step, over) * CAUTION.powi(before.rollbacks as i32);
+        let rate = options.schedule.at(before.step, over) * CAUTION.powi(before.rollbacks as i32);
+        let lr = rate * self.batches.rate(before.position, rows, tokens);
         let (batch, position) = self.batches.next(before.position, rows, tokens);
         let (probed, ema) = match self.trainer.probe(&batch, before.step) {
-            Ok(probed) => {
+            Ok(mut probed) => {
+                if let (true, Some(share)) = (self.trainer.needs_data(), probed.c.get_mut(DECAY)) {
+                    *share = options.schedule.decay_share(over) as f32;
+                }
                 let ema = moving_average(before.ema, probed.loss);
                 if explodes(ema, before.lowest, options.explosion) {
                     return self.roll_back(options, probed.loss, position, on);
@@ -330,7 +335,7 @@ impl Run<'_> {
             bits_per_byte: tally.bits_per_byte(),
             ema,
             spread: probed.spread(),
-            norm: self.trainer.needs_data().then(|| probed.c.iter().map(|&x| f64::from(x)).sum()),
+            norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             data_tokens: (batch.batch * batch.seq) as u64,
@@ -392,6 +397,8 @@ impl Run<'_> {
                 }
                 checkpoint::restore(&file, self.trainer.exec_mut())?;
                 let rollbacks = failed.rollbacks.saturating_add(1);
+                let (rows, tokens) = self.trainer.shape();
+                let position = self.batches.anew(position, rows, tokens);
                 self.progress = Progress { position, rollbacks, seconds: failed.seconds, ..p };
                 let rollback = Rollback { at: failed.step, to, position, rollbacks, loss };
                 if let Some(journal) = &mut self.journal {
@@ -419,9 +426,7 @@ impl Run<'_> {
     /// # Errors
     /// When execution fails.
     pub fn validate(&mut self, options: &RunOptions) -> Result<Option<Validation>, TrainError> {
-        let tally = self.trainer.measure(self.validation, options.validation_rows, self.vocab)?;
-        let nats = tally.nats_per_token();
-        Ok(nats.map(|nats_per_token| Validation { nats_per_token, bits_per_byte: tally.bits_per_byte() }))
+        self.trainer.validate(self.validation, options.validation_rows, self.vocab)
     }
 
     /// Writes a checkpoint unless the last one is of this step.

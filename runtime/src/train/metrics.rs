@@ -27,6 +27,17 @@ pub struct Validation {
     pub nats_per_token: f64,
     /// Bits per byte of text; nothing when the tokens stand for no bytes.
     pub bits_per_byte: Option<f64>,
+    /// How answers are told apart, where pairs of them are compared; the loss is then that of a pair.
+    pub preferred: Option<Preferred>,
+}
+
+/// How the chosen answers of held-out pairs compare with the rejected ones (semantics 12.3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Preferred {
+    /// Mean difference of rewards: `beta` times what the log-probability of an answer has gained on the reference.
+    pub margin: f64,
+    /// Share of pairs whose chosen answer has the greater reward; ties count half.
+    pub accuracy: f64,
 }
 
 /// The state of a run behind one step.
@@ -98,6 +109,10 @@ impl StepMetrics {
         if let (true, Some(v)) = (self.validated, self.validation) {
             put("val", json!(v.nats_per_token));
             put("val_bits_per_byte", json!(v.bits_per_byte));
+            if let Some(p) = v.preferred {
+                put("val_margin", json!(p.margin));
+                put("val_accuracy", json!(p.accuracy));
+            }
         }
         put("data_tokens", json!(self.data_tokens));
         put("forward_tokens", json!(self.forward_tokens));
@@ -187,6 +202,9 @@ impl fmt::Display for StepMetrics {
             write!(f, " val {:.2}", v.nats_per_token)?;
             if let Some(bits) = v.bits_per_byte {
                 write!(f, " ({bits:.2} bits/byte)")?;
+            }
+            if let Some(p) = v.preferred {
+                write!(f, " (margin {:.3}, {:.0}% preferred)", p.margin, 100.0 * p.accuracy)?;
             }
         }
         write!(f, " | tok/s {:.0} (fwd {:.0}) | dt {}", self.data_rate(), self.forward_rate(), Short(self.dt))?;
@@ -279,7 +297,7 @@ mod tests {
             m.to_string(),
             "step 120/5000 2.4% | loss 3.412 (ema 3.50) | tok/s 1842 (fwd 3683) | dt 278ms | lr 1e-4 | seq 128 | mem 412M | eta 22m10s"
         );
-        m.validation = Some(Validation { nats_per_token: 3.61, bits_per_byte: Some(5.2082) });
+        m.validation = Some(Validation { nats_per_token: 3.61, bits_per_byte: Some(5.2082), preferred: None });
         (m.steps, m.lr, m.bits_per_byte) = (None, 3.333e-5, Some(4.9229));
         assert_eq!(
             m.to_string(),
@@ -290,12 +308,18 @@ mod tests {
     #[test]
     fn json_has_validation_only_where_it_was_measured() {
         let mut m = metrics();
-        m.validation = Some(Validation { nats_per_token: 3.61, bits_per_byte: None });
+        m.validation = Some(Validation { nats_per_token: 3.61, bits_per_byte: None, preferred: None });
         let parse = |m: &StepMetrics| serde_json::from_str::<Value>(&m.to_json()).expect("JSON");
         assert!(parse(&m).get("val").is_none());
         m.validated = true;
         let value = parse(&m);
         assert_eq!((value["val"].as_f64(), value["val_bits_per_byte"].is_null()), (Some(3.61), true));
+        assert!(value.get("val_margin").is_none());
+        let preferred = Some(Preferred { margin: 0.25, accuracy: 0.625 });
+        m.validation = Some(Validation { nats_per_token: 0.61, bits_per_byte: None, preferred });
+        let value = parse(&m);
+        assert_eq!((value["val_margin"].as_f64(), value["val_accuracy"].as_f64()), (Some(0.25), Some(0.625)));
+        assert!(m.to_string().contains("val 0.61 (margin 0.250, 62% preferred) |"), "{m}");
         assert_eq!((value["step"].as_u64(), value["loss"].as_f64()), (Some(120), Some(3.4123)));
         assert_eq!(value["forward_tokens_per_second"].as_f64(), Some(3683.0));
         assert!(!m.to_json().contains('\n'));

@@ -4,6 +4,7 @@
 //! not on threads, interruptions or the clock (unless a time budget was asked for).
 
 mod backprop;
+mod carried;
 pub mod checkpoint;
 mod compare;
 mod driver;
@@ -15,6 +16,7 @@ mod schedule;
 pub mod standing;
 mod step;
 pub mod tensorboard;
+mod validate;
 mod watch;
 pub mod weights;
 

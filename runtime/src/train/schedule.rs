@@ -11,11 +11,17 @@ pub enum Decay {
     Constant,
     /// Half a cosine from the peak to the floor.
     Cosine,
+    /// A line from the peak to zero, not below the floor; in the second half a third lower and without weight decay.
+    TwoStage,
 }
+
+/// Learning rate of the second stage, as a share of what the first would have had.
+const SECOND_STAGE: f64 = 2.0 / 3.0;
 
 impl Decay {
     /// All, with their names on command lines and in checkpoints.
-    pub const ALL: [(Decay, &'static str); 2] = [(Decay::Constant, "constant"), (Decay::Cosine, "cosine")];
+    pub const ALL: [(Decay, &'static str); 3] =
+        [(Decay::Constant, "constant"), (Decay::Cosine, "cosine"), (Decay::TwoStage, "two-stage")];
 
     /// The name.
     pub fn name(self) -> &'static str {
@@ -28,11 +34,11 @@ impl std::str::FromStr for Decay {
 
     fn from_str(name: &str) -> Result<Decay, String> {
         let found = Decay::ALL.iter().find(|d| d.1 == name);
-        found.map(|d| d.0).ok_or_else(|| format!("found {name:?}, expected constant or cosine"))
+        found.map(|d| d.0).ok_or_else(|| format!("found {name:?}, expected constant, cosine or two-stage"))
     }
 }
 
-/// A learning rate schedule (semantics 12.1): linear warm-up, then constant or cosine.
+/// A learning rate schedule (semantics 12.1): linear warm-up, then constant, cosine, or the two stages of BitNet practice.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
     /// Greatest rate.
@@ -62,7 +68,16 @@ impl Schedule {
             Decay::Cosine => {
                 self.peak * (self.floor + (1.0 - self.floor) * 0.5 * (1.0 + (PI * over.clamp(0.0, 1.0)).cos()))
             }
+            Decay::TwoStage => {
+                let stage = if over < 0.5 { 1.0 } else { SECOND_STAGE };
+                self.peak * ((1.0 - over.clamp(0.0, 1.0)) * stage).max(self.floor)
+            }
         }
+    }
+
+    /// The share of the weight decay that counts when the share `over` of what follows the warm-up is over.
+    pub fn decay_share(&self, over: f64) -> f64 {
+        if self.decay == Decay::TwoStage && over >= 0.5 { 0.0 } else { 1.0 }
     }
 }
 
@@ -83,6 +98,17 @@ mod tests {
             assert!((found - want).abs() < 1e-9, "step {step}: {found} is not {want}");
         }
         assert!(want.len() > 40);
+    }
+
+    #[test]
+    fn the_second_stage_is_lower_and_without_decay() {
+        let schedule = Schedule { peak: 1.0, warmup: 0, decay: Decay::TwoStage, floor: 0.1 };
+        let near = |step: u64, want: f64| assert!((schedule.at_step(step, 100) - want).abs() < 1e-12, "step {step}");
+        for (step, want) in [(0, 1.0), (25, 0.75), (49, 0.51), (50, 1.0 / 3.0), (75, 1.0 / 6.0), (99, 0.1)] {
+            near(step, want);
+        }
+        assert_eq!([0.0, 0.49, 0.5, 1.0].map(|over| schedule.decay_share(over)), [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(Schedule { decay: Decay::Cosine, ..schedule }.decay_share(0.9), 1.0);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::metrics::moving_average;
 use super::step::Trainer;
 use super::weights::WeightFile;
 use crate::files::FileError;
-use crate::text::Batches;
+use crate::text::Feed;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -125,7 +125,7 @@ impl Standing {
     ///
     /// # Errors
     /// A checkpoint or a journal of another plan, damage, steps that need data where there are none, or a failure to execute.
-    pub fn restore(&self, trainer: &mut Trainer, data: Option<&Batches>) -> Result<Vec<String>, TrainError> {
+    pub fn restore(&self, trainer: &mut Trainer, data: Option<&dyn Feed>) -> Result<Vec<String>, TrainError> {
         let unused = checkpoint::restore(&self.file, trainer.exec_mut())?;
         for s in &self.trail.steps {
             if trainer.needs_data() {
@@ -137,7 +137,7 @@ impl Standing {
     }
 
     /// Leaves the gradient of a recorded step.
-    fn differentiate(&self, trainer: &mut Trainer, s: &StepRecord, data: Option<&Batches>) -> Result<(), TrainError> {
+    fn differentiate(&self, trainer: &mut Trainer, s: &StepRecord, data: Option<&dyn Feed>) -> Result<(), TrainError> {
         let error = |reason| TrainError::Journal { path: self.file.path().to_path_buf(), reason, damaged: false };
         let data = data.ok_or_else(|| {
             error(format!(
@@ -150,7 +150,7 @@ impl Standing {
         let begin = begin.ok_or_else(|| error(format!("step {} is recorded with a batch of another size", s.step)))?;
         let (batch, _) = data.next(begin, rows, tokens);
         let again = trainer.probe(&batch, s.step - 1)?;
-        if again.loss.to_bits() == s.loss.to_bits() && again.c == s.c && again.loads == s.loads {
+        if again.loss.to_bits() == s.loss.to_bits() && again.c.first() == s.c.first() && again.loads == s.loads {
             return Ok(());
         }
         Err(error(format!(

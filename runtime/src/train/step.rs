@@ -4,10 +4,11 @@
 
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
+use super::carried;
 use super::compare;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
-use crate::text::{Batch, IGNORE, LossTally, TokenStream, Vocab};
+use crate::text::{Batch, HeldOut, LossTally, Vocab};
 use chimera_ir::plan::{Comparison, MASK_REFRESH, Plan};
 use chimera_ir::{DType, Type};
 
@@ -21,6 +22,8 @@ const MASK: &str = "mask";
 const LOSS: &str = "loss";
 /// The port that takes a loop depth for every sequence.
 pub(super) const DEPTH: &str = "depth";
+/// The port that takes the log-probability of every row under the reference, where rows are compared.
+pub(super) const REFERENCE: &str = "reference";
 /// Ports with the load of the experts begin so.
 const LOAD: &str = "load.";
 
@@ -50,7 +53,7 @@ pub struct Probed {
     pub plus: Vec<f64>,
     /// Loss of every negative probe, in the same order.
     pub minus: Vec<f64>,
-    /// The scalars that the update is given; along a gradient its norm.
+    /// The scalars that the update is given; along a gradient its norm, and the share of the weight decay that counts.
     pub c: Vec<f32>,
     /// The loads of all routers that the update is given, one behind the other.
     pub loads: Vec<i32>,
@@ -112,7 +115,7 @@ impl Trainer {
         let members = input_type(plan, UPDATE, "c")?.numel();
         let (dual, update, loss) = (exec.entry(first)?, exec.entry(UPDATE)?, exec.entry(LOSS)?);
         let probes = exec.output_type(dual, "losses")?.numel();
-        let expected = comparison.map_or((1, rows), |how| compare::sizes(how, members, rows));
+        let expected = comparison.map_or((backprop::SCALARS, rows), |how| compare::sizes(how, members, rows));
         let uneven = comparison == Some(Comparison::PerSequence) && !rows.is_multiple_of(members.max(1));
         if (members, probes) != expected || uneven {
             return Err(TrainError::Plan(format!(
@@ -238,7 +241,7 @@ impl Trainer {
         if let Some(&bad) = losses.iter().find(|x| !x.is_finite()) {
             return Err(TrainError::Diverged { step, loss: bad });
         }
-        let counts = counted(batch);
+        let counts = batch.weights();
         let (plus, minus) = compare::sides(comparison, self.members, &losses, &counts);
         let c = compare::coefficients(comparison, &plus, &minus);
         let loss = weighted(&losses, &counts);
@@ -294,29 +297,39 @@ impl Trainer {
         ([self.seed as u32, (self.seed >> 32) as u32].map(word), word(step as u32))
     }
 
-    /// Loss on the first rows of a stream, at most `rows` of them. The result does not depend on the batch size of the entry point.
+    /// Loss on the first rows of held-out data, at most `rows` of them. The result does not depend on the batch size of the entry point.
     ///
     /// # Errors
     /// When execution fails.
-    pub fn measure(&mut self, stream: &TokenStream, rows: usize, vocab: &Vocab) -> Result<LossTally, TrainError> {
+    pub fn measure(&mut self, held: &dyn HeldOut, rows: usize, vocab: &Vocab) -> Result<LossTally, TrainError> {
         let mut tally = LossTally::default();
-        let (batch_rows, tokens) = (self.measured_rows, self.measured_tokens);
-        let rows = rows.min(stream.measured_rows(tokens));
-        for first in (0..rows).step_by(batch_rows) {
-            let batch = stream.measure(first..(first + batch_rows).min(rows), batch_rows, tokens);
-            set_batch(&mut self.exec, self.loss, &batch)?;
-            self.exec.run_entry(self.loss)?;
-            let losses: Vec<f64> =
-                self.exec.output::<f32>(self.loss, "losses")?.iter().map(|&x| f64::from(x)).collect();
-            tally.add(weighted(&losses, &counted(&batch)), &batch, vocab);
-        }
+        self.measured(held, rows, &mut |exec, loss, batch| {
+            let losses: Vec<f64> = exec.output::<f32>(loss, "losses")?.iter().map(|&x| f64::from(x)).collect();
+            tally.add(weighted(&losses, &batch.weights()), batch, vocab);
+            Ok(())
+        })?;
         Ok(tally)
     }
-}
 
-/// Counted labels of every row.
-pub(super) fn counted(batch: &Batch) -> Vec<f64> {
-    batch.labels.chunks(batch.seq).map(|row| row.iter().filter(|&&l| l != IGNORE).count() as f64).collect()
+    /// Runs the measuring entry point on the first rows of held-out data, at most `rows` of them and at least those that are measured
+    /// together, and shows every batch with its results.
+    pub(super) fn measured(
+        &mut self,
+        held: &dyn HeldOut,
+        rows: usize,
+        hear: &mut dyn FnMut(&Executable, EntryId, &Batch) -> Result<(), TrainError>,
+    ) -> Result<(), TrainError> {
+        let (batch_rows, tokens, unit) = (self.measured_rows, self.measured_tokens, held.unit());
+        self.exec.reset_states_where(&|name| carried::belongs(name, LOSS));
+        let rows = (rows / unit * unit).max(unit).min(held.measured_rows(tokens));
+        for first in (0..rows).step_by(batch_rows) {
+            let batch = held.measure(first..(first + batch_rows).min(rows), batch_rows, tokens);
+            set_batch(&mut self.exec, self.loss, &batch)?;
+            self.exec.run_entry(self.loss)?;
+            hear(&self.exec, self.loss, &batch)?;
+        }
+        Ok(())
+    }
 }
 
 /// Mean of losses weighted by counts, which repeat; 0 when nothing counts. Rows without counted labels are not looked at.
@@ -333,6 +346,9 @@ fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(),
     exec.set_input(entry, "tokens", &batch.tokens)?;
     exec.set_input(entry, "seg", &batch.seg)?;
     exec.set_input(entry, "labels", &batch.labels)?;
+    if !batch.reference.is_empty() {
+        exec.set_input(entry, REFERENCE, &batch.reference)?;
+    }
     Ok(())
 }
 

@@ -63,6 +63,10 @@ impl EventFile {
             if let Some(bits) = v.bits_per_byte {
                 put("validation/bits_per_byte", bits);
             }
+            if let Some(p) = v.preferred {
+                put("validation/reward_margin", p.margin);
+                put("validation/preferred", p.accuracy);
+            }
         }
         put("speed/data_tokens_per_second", m.data_rate());
         put("speed/forward_tokens_per_second", m.forward_rate());
@@ -133,7 +137,7 @@ mod tests {
             ema: 3.25,
             spread: 0.125,
             norm: None,
-            validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5) }),
+            validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5), preferred: None }),
             validated: step == 300,
             data_tokens: 64,
             forward_tokens: 128,

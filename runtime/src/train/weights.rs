@@ -5,7 +5,7 @@
 
 use super::TrainError;
 use crate::exec::Executable;
-use crate::files::b158::{B158, Encoding, ScaleEncoding, packed_len, padded};
+use crate::files::b158::{B158, Encoding, Packed, ScaleEncoding, packed_len, padded};
 use crate::files::safetensors::SafeTensors;
 use crate::files::{DType, MappedSlice};
 use chimera_ir::plan::{CODES, SCALES, WeightDecl, WeightKind};
@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 /// Names of optimizer memory begin so.
 const OPTIMIZER: &str = "optim.";
+/// Carried states begin so.
+pub(super) const STATE: &str = "state.";
 
 /// A file with weights.
 #[derive(Debug)]
@@ -85,6 +87,23 @@ impl WeightFile {
             _ => None,
         };
         file.iter().filter_map(packed).collect()
+    }
+
+    /// The bytes of a tensor of 32-bit words, its checksum verified; nothing where there is none.
+    ///
+    /// # Errors
+    /// Damage, or a tensor of another type.
+    pub(super) fn words(&self, name: &str) -> Result<Option<&[u8]>, TrainError> {
+        match &self.content {
+            Content::B158(file) if file.contains(name) => {
+                match file.require(name)? {
+                    Packed { encoding: Encoding::I32, bytes, .. } => Ok(Some(bytes)),
+                    _ => Err(self
+                        .wrong(format!("tensor `{name}` has no 32-bit words; the file is no checkpoint of this run"))),
+                }
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Compares all tensors with their checksums, on all threads. A safetensors file has none.
@@ -170,8 +189,11 @@ impl WeightFile {
         wanted.retain(|w| w.kind != WeightKind::Optimizer || optimizer);
         let names = self.names();
         let read: HashSet<&str> = wanted.iter().map(source).collect();
-        let unused: Vec<&str> =
-            names.iter().copied().filter(|n| !read.contains(n) && !n.starts_with(OPTIMIZER)).collect();
+        let unused: Vec<&str> = names
+            .iter()
+            .copied()
+            .filter(|n| !read.contains(n) && !n.starts_with(OPTIMIZER) && !n.starts_with(STATE))
+            .collect();
         let mut seen = HashSet::new();
         let missing: Vec<&str> =
             wanted.iter().map(source).filter(|n| names.binary_search(n).is_err() && seen.insert(*n)).collect();

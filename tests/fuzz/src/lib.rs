@@ -11,7 +11,7 @@ use chimera_runtime::exec::{ExecOptions, Executable};
 use chimera_runtime::files::b158::{self, B158};
 use chimera_runtime::files::npy;
 use chimera_runtime::files::safetensors::SafeTensors;
-use chimera_runtime::text::{Tokens, Vocab, jsonl as records, zstd as packed};
+use chimera_runtime::text::{Tokens, Vocab, chat, jsonl as records, zstd as packed};
 use chimera_runtime::train::journal::{self, Item, Record};
 use std::io::Read;
 
@@ -19,7 +19,7 @@ use std::io::Read;
 pub type Target = fn(&[u8]);
 
 /// All targets by name; the corpus of each is the folder of that name.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("config", config),
     ("plan", plan),
     ("b158", b158),
@@ -29,6 +29,7 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("journal", journal),
     ("tokens", tokens),
     ("jsonl", jsonl),
+    ("preferences", preferences),
     ("zstd", zstd),
 ];
 
@@ -328,6 +329,33 @@ pub fn jsonl(data: &[u8]) {
                 }
                 Err(e) => sentence(&e),
             }
+        }
+    }
+}
+
+/// Lines of JSON with conversations and preferences: parts that count and parts that do not take turns, and together they are the text of
+/// the record; both continuations of a prompt begin with it.
+pub fn preferences(data: &[u8]) {
+    let alternate = |parts: &[chat::Part]| {
+        assert!(parts.windows(2).all(|p| p[0].counts != p[1].counts) && parts.iter().all(|p| !p.text.is_empty()));
+    };
+    for line in data.split(|&b| b == b'\n') {
+        match chat::conversation(line, None) {
+            Ok(parts) => {
+                alternate(&parts);
+                let whole: String = parts.iter().map(|p| p.text.as_str()).collect();
+                assert_eq!(records::record_text(line, Some("messages")), Ok(whole));
+            }
+            Err(e) => sentence(&e),
+        }
+        match chat::preference(line) {
+            Ok(pair) => {
+                for parts in [&pair.chosen, &pair.rejected] {
+                    alternate(parts);
+                    assert!(parts.iter().any(|p| p.counts), "an answer counts");
+                }
+            }
+            Err(e) => sentence(&e),
         }
     }
 }

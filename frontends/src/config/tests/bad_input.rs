@@ -147,6 +147,26 @@ const CASES: &[(&str, Code, &str, &str)] = &[
         "hidden_size",
         "parameters",
     ),
+    (
+        r#"{"training": {"phases": [{"lr": 0.1}]}}"#,
+        Code::Type,
+        "training.phases.0.name",
+        "one of pretrain, ctx_extend, sft, dpo",
+    ),
+    (
+        r#"{"training": {"phases": [{"name": "sft"}, {"name": "sft"}]}}"#,
+        Code::Word,
+        "training.phases.1.name",
+        "described twice",
+    ),
+    (r#"{"training": {"phases": [{"name": "rlhf"}]}}"#, Code::Word, "training.phases.0.name", "\"pretrain\""),
+    (
+        r#"{"training": {"phases": [{"name": "ctx_extend", "stages": [[64]]}]}}"#,
+        Code::Range,
+        "training.phases.0.stages.0",
+        "main",
+    ),
+    (r#"{"training": {"phases": [{"name": "dpo", "beta": 0}]}}"#, Code::Range, "training.phases.0.beta", "beta"),
 ];
 
 #[test]

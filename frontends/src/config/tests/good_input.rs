@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::super::keys::{Disposition, check, size_of};
 use super::super::{
-    Activation, MixerKind, ModelConfig, Overrides, ParamKind, Scale, TABLE, claims, from_text, json, load,
-    parameter_count, parameters, parts, preset, schema, state_memory,
+    Activation, MixerKind, ModelConfig, Overrides, ParamKind, PhaseKind, Scale, Stage, TABLE, claims, from_text, json,
+    load, parameter_count, parameters, parts, preset, schema, state_memory,
 };
 use super::{example, example_text, from, with_sets};
 
@@ -55,7 +55,17 @@ fn real_files_load_with_every_leaf_claimed_by_one_row() {
         for entry in entries.iter().filter(|e| e.row.disposition == Disposition::NotYet) {
             assert!(listed.contains(entry.path.as_str()), "{name}: {} is not listed", entry.path);
         }
-        assert!(listed.contains("span_inference.enabled") && listed.contains("training.phases.0.optimizer"));
+        assert!(listed.contains("span_inference.enabled") && !listed.contains("training.phases.0.optimizer"));
+        let [pretrain, context, sft, dpo] = &loaded.phases[..] else { panic!("four phases: {:?}", loaded.phases) };
+        assert_eq!((pretrain.seq_len, pretrain.batch_tokens, pretrain.tokens), (Some(4096), Some(4e6), Some(2e12)));
+        assert_eq!(
+            (pretrain.optimizer.as_deref(), pretrain.schedule.as_deref()),
+            (Some("AdamW"), Some("cosine_warmup"))
+        );
+        assert_eq!(context.stages.len(), 3, "the main stage is that of pretraining");
+        assert_eq!(context.stages[0], Stage { tokens: 16384, steps: 10_000, lr: Some(1e-5) });
+        assert_eq!((sft.kind, sft.epochs, sft.data.len()), (PhaseKind::Sft, Some(3.0), 2));
+        assert_eq!((dpo.kind, dpo.beta, dpo.lr), (PhaseKind::Dpo, Some(0.1), Some(5e-7)));
         assert_eq!(size(&loaded.model), 4_178_694_163);
         assert_eq!(loaded.model.count(MixerKind::GatedDelta), 14);
         assert_eq!(loaded.model.gated_delta.chunk_size, 256);
@@ -184,8 +194,9 @@ fn overrides_apply_in_order() {
     let model = with_sets(&text, &["titans={\"inner_chunk\": 8}", "looping.loop_range.1=9"]).unwrap().model;
     assert_eq!((model.titans.inner_chunk, model.titans.window), (8, 1024));
     assert_eq!(model.looping.unwrap().range, [1, 9]);
-    let loaded = with_sets(&text, &["training.phases.1.name=longer", "titans.persistent_memory_slots=null"]).unwrap();
-    assert!(loaded.not_yet.iter().any(|n| n.path == "training.phases.1.name" && n.value == "longer"));
+    let loaded =
+        with_sets(&text, &["training.distillation_init.method=other", "titans.persistent_memory_slots=null"]).unwrap();
+    assert!(loaded.not_yet.iter().any(|n| n.path == "training.distillation_init.method" && n.value == "other"));
     let bytes = Overrides { scale: Some(Scale::Nano), vocab_size: Some(257), sets: vec!["hidden_size=96".into()] };
     let loaded = from_text("f", &text, &bytes).unwrap();
     assert_eq!((loaded.model.vocab_size, loaded.model.eos, loaded.model.hidden_size), (257, 256, 96));
@@ -247,7 +258,8 @@ fn table_is_sound() {
     for row in TABLE {
         assert!(seen.insert(row.path), "{} occurs twice", row.path);
         assert!(!row.text.is_empty() && !row.path.is_empty());
-        let needs_default = row.disposition == Disposition::Consumed;
+        // What stands in a list stands there or means nothing.
+        let needs_default = row.disposition == Disposition::Consumed && !row.path.contains("[]");
         assert!(!needs_default || !row.default.is_empty(), "{} is consumed and has no default", row.path);
         let needs_none = matches!(row.disposition, Disposition::Note | Disposition::NotYet);
         assert!(!needs_none || row.default.is_empty(), "{} has a default and no use", row.path);

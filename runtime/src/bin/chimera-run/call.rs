@@ -176,7 +176,7 @@ fn open(options: &ModelOptions) -> Result<Model, Failure> {
         )));
     };
     let loaded = config::from_text(&path.display().to_string(), text, &options.overrides(ids))?;
-    Ok(Model { config: loaded.model, source: Source::Config, warnings: loaded.warnings })
+    Ok(Model { config: loaded.model, source: Source::Config, phases: loaded.phases, warnings: loaded.warnings })
 }
 
 /// The entry point for the shapes of the inputs. Takes the inputs `depth` and `loops` away where all rows have one depth.

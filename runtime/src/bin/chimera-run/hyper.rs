@@ -4,6 +4,7 @@
 
 use crate::estimators::{ESTIMATORS, EstimatorName, ZeroGradient, of_some};
 use crate::options::Failure;
+use crate::phases::Phase;
 use crate::probes::{Entries, FamilyName, MaskName, ModeName, OptimiserName};
 use chimera_runtime::text::DataSpec;
 use chimera_runtime::train::Decay;
@@ -23,7 +24,7 @@ pub struct HyperArgs {
     /// Greatest learning rate [default: 0.01 perseq-lowrank, 1e-4 mezo, 2e-3 adamw and chimera21, 0.03 sgd]
     #[arg(long, env = "CHIMERA_LR", value_parser = positive)]
     pub lr: Option<f64>,
-    /// Learning rate behind the warm-up: constant or cosine [default: cosine]
+    /// Learning rate behind the warm-up: constant, cosine, or two-stage, which is lower and without weight decay in the second half [default: cosine]
     #[arg(long, env = "CHIMERA_LR_DECAY")]
     pub lr_decay: Option<Decay>,
     /// Last learning rate of the decay as a share of the greatest [default: 0.1]
@@ -226,6 +227,9 @@ pub struct Hyper {
     pub binary: bool,
     /// The plan that the run was started with, if it was not compiled for the run.
     pub plan: Option<PathBuf>,
+    /// What the run is a phase of.
+    #[serde(default)]
+    pub phase: Phase,
 }
 
 impl HyperArgs {
@@ -279,6 +283,7 @@ impl HyperArgs {
             field: None,
             binary: false,
             plan: None,
+            phase: Phase::Pretrain,
         }
     }
 
@@ -339,6 +344,13 @@ impl HyperArgs {
         let foreign = |key: &&str| of_some(key) && !row.options.contains(key);
         let Some(key) = self.given().into_iter().map(|(key, _)| key).find(foreign) else {
             let (batch, parts) = (hyper.batch, hyper.accumulate);
+            // The update of an estimate has its decay built in.
+            if hyper.lr_decay == Decay::TwoStage.name() && hyper.weight_decay > 0.0 && !row.gradients {
+                return Err(Failure::usage(format!(
+                    "--lr-decay two-stage ends the weight decay at half time, which the estimator {} cannot; give --weight-decay 0, or choose --estimator adamw, sgd or chimera21",
+                    row.name.text()
+                )));
+            }
             return match batch % parts {
                 0 => self.meaningful(&hyper).map(|()| hyper),
                 _ => Err(Failure::usage(format!(

@@ -4,7 +4,7 @@
 
 use crate::options::{Failure, ModelOptions, RunOptions};
 use chimera_compiler::{CompileError, EntrySpec, Options, compile};
-use chimera_frontends::config::{self, Loaded, ModelConfig, O200K_VOCABULARY, Overrides};
+use chimera_frontends::config::{self, Loaded, ModelConfig, O200K_VOCABULARY, Overrides, Phase};
 use chimera_ir::plan::{self, Plan};
 use chimera_runtime::exec::PREPARE;
 use chimera_runtime::files::b158;
@@ -39,6 +39,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Where it came from.
     pub source: Source,
+    /// The phases of training that its configuration describes.
+    pub phases: Vec<Phase>,
     /// Sentences for the user about things that are allowed and doubtful.
     pub warnings: Vec<String>,
 }
@@ -97,7 +99,7 @@ impl Model {
         for key in loaded.not_yet.iter().filter(|k| !k.off) {
             warnings.push(format!("{} is not implemented and has no effect: {}", key.path, key.reason));
         }
-        Model { config: loaded.model, source, warnings }
+        Model { config: loaded.model, source, phases: loaded.phases, warnings }
     }
 
     /// The vocabulary without looking at data: `spec`, else the one saved with the weights, else the one of this size.

@@ -85,7 +85,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (items, absent) = items(config, &file)?;
     if !args.quiet {
         let read: HashSet<&str> = items.iter().flat_map(Item::sources).collect();
-        let left = |n: &&str| !read.contains(n) && !n.starts_with("optim.");
+        let left = |n: &&str| !read.contains(n) && !n.starts_with("optim.") && !n.starts_with("state.");
         let left: Vec<String> = file.names().into_iter().filter(left).map(str::to_owned).collect();
         weights::report_unused(&file, config, &left).iter().for_each(|line| eprintln!("{line}"));
         absent.iter().for_each(|name| eprintln!("note: {}: no tensor `{name}`", file.path().display()));

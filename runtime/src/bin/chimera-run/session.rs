@@ -6,6 +6,7 @@ use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
+use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
 use chimera_runtime::train::Depths;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -67,17 +68,25 @@ pub fn training_plan(
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
     let entries = [training_entries(config, hyper), further].concat();
-    Ok(compile(config, &Options { entries, trainable, ..run.compile()? })?)
+    let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
+    Ok(compile(config, &Options { entries, objective, carried, trainable, ..run.compile()? })?)
+}
+
+/// Rows that one measurement takes at a time; long sequences have as many as in training, as each has its state.
+pub fn measured_rows(hyper: &Hyper) -> usize {
+    if hyper.phase.carries() { hyper.batch as usize } else { MEASURED_ROWS }
 }
 
 /// The entry points of a training plan.
 pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let (rows, tokens) = (hyper.batch as usize, hyper.seq_len as usize);
     let balance = config.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate);
-    let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth: None };
+    // What is compared runs equally deep.
+    let depth = config.looping.as_ref().filter(|_| hyper.phase.compares()).map(|l| Depth::Fixed(l.default));
+    let spec = |kind, rows| EntrySpec { kind, rows, tokens, depth };
     let [first, update] = hyper.entries(balance);
     let rows_at_once = rows / hyper.accumulate as usize;
-    let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)];
+    let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
 }

@@ -7,13 +7,14 @@ use crate::data::{DataArgs, Encoding};
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
+use crate::phases::{self, Course, Length, Phase, PhaseArgs, Start, reference, same_architecture};
 use crate::session::{Interrupt, depths, training_entries, training_plan};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
 use chimera_compiler::EntrySpec;
 use chimera_ir::plan::Plan;
 use chimera_runtime::exec::Executable;
-use chimera_runtime::text::{self, Batches, Cache, Reading, Split, TokenSource, TokenStream, Vocab, VocabSpec};
+use chimera_runtime::text::{self, Cache, Reading, TokenSource, Vocab, VocabSpec};
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::standing::Standing;
@@ -34,7 +35,9 @@ const EXAMPLES: &str = "Examples:
   chimera-run train examples/configs/nano.json --vocab o200k:restricted --data corpus/ chats.jsonl.zst=2
   chimera-run train --resume runs/first
   chimera-run train --resume runs/first/step-00000200.b158 --out runs/branch
-  chimera-run train --scale pico --data my.txt --out runs/second --sample-every 100 --tensorboard";
+  chimera-run train --scale pico --data my.txt --out runs/second --sample-every 100 --tensorboard
+  chimera-run train model.json --phase sft --from runs/first --data chats.jsonl --out runs/sft
+  chimera-run train model.json --phase dpo --from runs/sft --data preferences.jsonl --out runs/dpo";
 
 /// Options of `train`.
 #[derive(clap::Args, Clone, Debug)]
@@ -52,6 +55,8 @@ pub struct Args {
     pub seconds: Option<u64>,
     #[command(flatten)]
     pub hyper: HyperArgs,
+    #[command(flatten)]
+    pub phase: PhaseArgs,
     /// Measure on held-out data every so many steps, or seconds with an s (30s), a tenth of the time at most; 0 never does
     #[arg(long, default_value = "100", env = "CHIMERA_VAL_EVERY", value_name = "STEPS|SECONDSs")]
     pub val_every: Measure,
@@ -103,34 +108,49 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// See the exit codes of [`Failure`].
 pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), Failure> {
     let (saved, folder) = resumed(args)?;
-    let mut hyper = match &saved {
-        Some(standing) => args.hyper.resumed(&standing.meta.options)?,
-        None => args.hyper.checked()?,
+    let (mut hyper, length) = match &saved {
+        Some(standing) => (args.hyper.resumed(&standing.meta.options)?, Length::default()),
+        None => phases::fresh(args)?,
     };
+    if saved.is_some() {
+        args.phase.resumed(&hyper)?;
+    }
     set_budget(&mut hyper, args, saved.is_some());
     args.data.overlay(&mut hyper);
+    let start = Start::open(&args.phase)?;
     let model_options = match &saved {
         Some(standing) if args.model.path().is_none() => model_of(standing, &hyper, &args.model),
         _ => args.model.clone(),
     };
     let reporter = Reporter::new(None, args.json, args.quiet);
-    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, args, saved.as_ref().map(|s| &s.meta))?;
+    let fixed = match (&saved, &start) {
+        (Some(standing), _) => Some(Vocab::from_text(&standing.meta.vocab)?),
+        (None, start) => start.as_ref().and_then(|s| s.vocab.clone()),
+    };
+    let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, args, fixed)?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
     refuse_packed(&model)?;
+    if let Some(start) = &start {
+        same_architecture(start, &model)?;
+    }
     let plan = plan_of(&model, &mut hyper, args)?;
-    let fingerprint = fingerprint(&tokens);
-    let Split { train, validation } = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
-    let batches = Batches::mixed(train, hyper.seq_len as usize, hyper.seed)?;
+    let mut course = Course::of(&hyper, &vocab, &tokens)?;
+    if let (None, None, None, Some(steps)) = (&saved, args.steps, args.seconds, length.steps(&course, &hyper)) {
+        hyper.steps = Some(steps);
+        if args.hyper.warmup.is_none() {
+            hyper.warmup = hyper.warmup.min(steps / 10);
+        }
+    }
     if let Some(standing) = &saved {
-        same_run(standing, &plan, &fingerprint)?;
+        same_run(standing, &plan, &course.data())?;
     }
     let writing = args.watch.writing(&vocab)?;
     let mut exec = Executable::new(plan, &args.exec.exec())?;
-    let meta = Meta {
+    let mut meta = Meta {
         config: exec.plan().config.clone(),
         vocab: vocab.to_text(),
-        options: serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?,
-        data: fingerprint,
+        options: String::new(),
+        data: course.data(),
         progress: Progress::default(),
     };
     args.exec.trace.start(&mut exec);
@@ -141,14 +161,33 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         Some(standing) => standing.continue_in(&folder)?,
         None => Journal::create(&folder, &Header::new(0, &meta.config, &meta.data))?,
     });
-    let loaded = match (&saved, &model.source) {
-        (Some(standing), _) => Some((&standing.file, standing.restore(&mut trainer, Some(&batches))?)),
-        (None, Source::Weights(file)) => Some((file, file.assign(trainer.exec_mut(), false)?)),
-        (None, _) => {
+    if let Some(standing) = &saved {
+        let beside = standing.file.path().parent().unwrap_or(Path::new(".")).to_path_buf();
+        reference::Place { hyper: &hyper, folder: &beside }.resume(&mut course, &mut trainer)?;
+    }
+    let loaded = match (&saved, &start, &model.source) {
+        (Some(standing), ..) => Some((&standing.file, standing.restore(&mut trainer, Some(course.feed()))?)),
+        (None, Some(Start { file, .. }), _) | (None, None, Source::Weights(file)) => {
+            Some((file, file.assign(trainer.exec_mut(), false)?))
+        }
+        (None, None, _) => {
             init::initialise(trainer.exec_mut(), hyper.seed)?;
+            if hyper.phase != Phase::Pretrain {
+                reporter.say(
+                    "warning: this phase starts from random weights; name those that it is to go on with by --from",
+                );
+            }
             None
         }
     };
+    if saved.is_none() {
+        let place = reference::Place { hyper: &hyper, folder: &folder };
+        if let Some((sum, line)) = place.begin(&mut course, &mut trainer)? {
+            reporter.say(&line);
+            hyper.phase.refer_to(sum);
+        }
+    }
+    meta.options = serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?;
     if let (None, Some(path)) = (&saved, &hyper.fisher) {
         weights::read_scores(path, trainer.exec_mut())?;
     }
@@ -158,7 +197,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let progress = saved.as_ref().map_or(Progress::default(), Standing::progress);
     let records = Records::open(&folder, progress.step, args.watch.tensorboard)?;
     let mut reporter = Reporter::new(Some(records), args.json, args.quiet);
-    let line = introduction(&model, &vocab, &batches, &validation, &trainer, &hyper);
+    let line = introduction(&model, &vocab, &course, &trainer, &hyper);
     reporter.note("start", progress.step, &line, summary(&trainer, &hyper, &vocab))?;
     if let Some(standing) = &saved {
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
@@ -167,8 +206,8 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let options = run_options(args, &hyper, folder, writing)?;
     let mut run = Run {
         trainer: &mut trainer,
-        batches: &batches,
-        validation: &validation,
+        batches: course.feed(),
+        validation: course.held(),
         vocab: &vocab,
         progress,
         meta,
@@ -262,26 +301,9 @@ pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failu
     let mut trainer =
         Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
     let data = trainer.needs_data() && !standing.trail.steps.is_empty() && !hyper.data.is_empty();
-    let batches = if data { Some(batches_of(standing, &hyper)?) } else { None };
-    standing.restore(&mut trainer, batches.as_ref())?;
+    let course = if data { Some(Course::again(standing, &hyper, &mut trainer)?) } else { None };
+    standing.restore(&mut trainer, course.as_ref().map(Course::feed))?;
     Ok(trainer)
-}
-
-/// The training data of a run, read again.
-fn batches_of(standing: &Standing, hyper: &Hyper) -> Result<Batches, Failure> {
-    let vocab = Vocab::from_text(&standing.meta.vocab)?;
-    let reading = Reading { field: hyper.field.clone(), binary: hyper.binary };
-    let tokens = text::tokenise(&vocab, &hyper.data, &reading, &Cache::Off, &mut |_, _| {})?;
-    let found = fingerprint(&tokens);
-    if found != standing.meta.data {
-        return Err(Failure::new(format!(
-            "{}: the steps behind this checkpoint need the data of the run ({}), found {found} in its files; restore them, or name the step of a checkpoint",
-            standing.file.path().display(),
-            standing.meta.data
-        )));
-    }
-    let split = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
-    Ok(Batches::mixed(split.train, hyper.seq_len as usize, hyper.seed)?)
 }
 
 /// Damage that was found on the way to a state.
@@ -337,14 +359,15 @@ fn model_and_tokens(
     options: &ModelOptions,
     hyper: &Hyper,
     args: &Args,
-    saved: Option<&Meta>,
+    saved: Option<Vocab>,
 ) -> Result<(Model, Vocab, Vec<TokenSource>), Failure> {
     let mut model = Model::open(options, None)?;
+    let is_text = hyper.phase.reads_text();
     let reading = Reading { field: hyper.field.clone(), binary: hyper.binary };
     let (cache, encoding): (Cache, Encoding) = (args.data.cache(), Encoding::new(args.quiet));
     let named = options.vocab()?;
     let fixed = match (&model.source, saved) {
-        (_, Some(meta)) => Some(Vocab::from_text(&meta.vocab)?),
+        (_, Some(vocab)) => Some(vocab),
         (Source::Weights(..), None) => Some(model.vocab(named.as_ref())?),
         _ => None,
     };
@@ -365,7 +388,13 @@ fn model_and_tokens(
             _ => {}
         }
         options.check_vocab(&vocab)?;
+        if matches!(model.source, Source::Config) && vocab.size() != model.config.vocab_size {
+            model = Model::open(options, Some(vocab.size()))?;
+        }
         model.check(&vocab)?;
+        if !is_text {
+            return Ok((model, vocab, vec![]));
+        }
         let tokens = text::tokenise(&vocab, &hyper.data, &reading, &cache, &mut encoding.hear())?;
         encoding.finish(&vocab, &tokens);
         return Ok((model, vocab, tokens));
@@ -380,6 +409,11 @@ fn model_and_tokens(
             ))
         })?,
     };
+    if !is_text {
+        let vocab = phases::vocab_of(&spec, &hyper.phase)?;
+        model = Model::open(options, Some(vocab.size()))?;
+        return Ok((model, vocab, vec![]));
+    }
     let (vocab, tokens) = text::prepare(&spec, &hyper.data, &reading, &cache, &mut encoding.hear())?;
     encoding.finish(&vocab, &tokens);
     options.check_vocab(&vocab)?;
@@ -437,33 +471,13 @@ fn plan_with(
     model.plan(entries, HashSet::new(), run)
 }
 
-/// What identifies data: number and checksum of all tokens, and how often they are drawn.
-fn fingerprint(tokens: &[TokenSource]) -> String {
-    let count: usize = tokens.iter().map(|s| s.tokens.len()).sum();
-    let sum = tokens.iter().fold(0, |sum, source| {
-        let sum = crc32c::crc32c_append(sum, &source.tokens.checksum().to_le_bytes());
-        crc32c::crc32c_append(sum, &source.weight.to_le_bytes())
-    });
-    format!("{count} tokens, crc32c {sum:08x}")
-}
-
-fn introduction(
-    model: &Model,
-    vocab: &Vocab,
-    batches: &Batches,
-    validation: &TokenStream,
-    trainer: &Trainer,
-    hyper: &Hyper,
-) -> String {
+fn introduction(model: &Model, vocab: &Vocab, course: &Course, trainer: &Trainer, hyper: &Hyper) -> String {
     let parameters = chimera_frontends::config::parameter_count(&model.config);
-    let unigram = text::unigram_bits_per_byte(vocab, batches.tokens())
-        .map_or(String::new(), |b| format!(", unigram entropy {b:.3} bits/byte"));
     format!(
-        "{parameters} parameters, vocabulary {} ({}); {} training and {} held-out tokens{unigram}; batch {} x {}, {} threads, {} MB",
+        "{parameters} parameters, vocabulary {} ({}); {}; batch {} x {}, {} threads, {} MB",
         vocab.name(),
         vocab.size(),
-        batches.len(),
-        validation.len(),
+        course.describe(vocab),
         hyper.batch,
         hyper.seq_len,
         trainer.exec().threads(),

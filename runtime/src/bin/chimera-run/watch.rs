@@ -147,7 +147,8 @@ impl Reporter {
         match event {
             Event::Start(v) => {
                 let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.3} bits/byte"));
-                self.say(&format!("held out at the start: {:.3} nats/token{bits}", v.nats_per_token));
+                let unit = if v.preferred.is_some() { "pair" } else { "token" };
+                self.say(&format!("held out at the start: {:.3} nats/{unit}{bits}", v.nats_per_token));
                 Ok(())
             }
             Event::Step(m) => self.step(m),

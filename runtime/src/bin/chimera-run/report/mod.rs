@@ -94,6 +94,7 @@ fn document(heading: &str, body: impl FnOnce(&mut String)) -> String {
 fn loss_keys(steps: &[Value]) -> (&'static str, &'static str, &'static str) {
     match steps.iter().any(|l| number(l, "bits_per_byte").is_some()) {
         true => ("bits_per_byte", "val_bits_per_byte", "bits/byte"),
+        false if steps.iter().any(|l| number(l, "val_margin").is_some()) => ("loss", "val", "nats/pair"),
         false => ("loss", "val", "nats/token"),
     }
 }
@@ -125,6 +126,11 @@ fn headline(out: &mut String, steps: &[Value], events: &[Value]) {
         of(a).total_cmp(&of(b))
     });
     bits("bits/byte held out, best", best, "val_bits_per_byte");
+    let preferred = |key: &str| steps.iter().rev().find_map(|l| number(l, key));
+    if let (Some(margin), Some(share)) = (preferred("val_margin"), preferred("val_accuracy")) {
+        tile("reward margin held out, last", format!("{margin:.3}"));
+        tile("pairs told apart, last", format!("{:.0}%", 100.0 * share));
+    }
     let count = |kind: &str| events.iter().filter(|e| e["event"] == kind).count();
     tile("returns to checkpoints", count("rollback").to_string());
     tile("times resumed", count("resume").to_string());
@@ -153,6 +159,17 @@ fn charts(out: &mut String, steps: &[Value], events: &[Value]) {
     for (x, title, label) in both {
         let lines = [series("training, each step", x, loss, false), series("held out", x, held, true)];
         out.push_str(&chart(Labels { title, x: label, y: unit, from_zero: false }, &lines, &marks(x)));
+    }
+    if steps.iter().any(|l| number(l, "val_margin").is_some()) {
+        let of = |title, y| Labels { title, x: "seconds in steps", y, from_zero: false };
+        let margin = [series("held out", &seconds, "val_margin", true)];
+        out.push_str(&chart(of("Reward margin of preferred answers", "nats times beta"), &margin, &marks(&seconds)));
+        let share = [series("held out", &seconds, "val_accuracy", true)];
+        out.push_str(&chart(
+            of("Pairs whose preferred answer has the greater reward", "share"),
+            &share,
+            &marks(&seconds),
+        ));
     }
     let time = |title, y| Labels { title, x: "seconds in steps", y, from_zero: true };
     let speed = [
