@@ -15,6 +15,8 @@ use crate::{
 
 /// Stages of the transform that one pass over memory does in registers.
 const RADIX: usize = 8;
+/// Bits that one iteration of the loop over candidates looks at; divides the number of bits.
+const UNROLL: usize = 8;
 /// From this many transforms on, one vector holds an element of each; from this many tokens on, tables in that order pay.
 const SIDE_BY_SIDE: usize = 8;
 
@@ -339,10 +341,13 @@ fn bound(bufs: &Bufs, token: &Token, i: &Expr) -> Expr {
 /// Move the keys of candidates to the front of `left`; returns how many there are.
 fn collect(cx: &mut Lower<'_>, bufs: &Bufs, n: usize) -> Expr {
     let count = cx.local(Expr::from(0));
-    cx.each(0, n, |cx, i| {
-        let key = cx.bind(Expr::load(bufs.key, i));
-        cx.store(bufs.left, Expr::from(count) & Expr::from(n.next_power_of_two() - 1), &key);
-        cx.set(count, count + i32c(0).lt(key).cast(Ty::I64));
+    cx.each_step(0, n, UNROLL, |cx, i| {
+        for l in 0..UNROLL {
+            let key = cx.bind(Expr::load(bufs.key, &i + l));
+            cx.store(bufs.left, Expr::from(count) & Expr::from(n.next_power_of_two() - 1), &key);
+            // 1 for a positive key, 0 for 0.
+            cx.set(count, count + (-key).shr(31).cast(Ty::I64));
+        }
     });
     cx.bind(Expr::from(count).min(Expr::from(n)).max(Expr::from(0)))
 }
