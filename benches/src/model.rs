@@ -138,7 +138,7 @@ fn batch(w: &Workload) -> Batch {
     let (rows, seq) = (w.rows, w.tokens);
     let token = |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % VOCAB;
     let all = |shift: usize| (0..rows * seq).map(|i| token(i + shift) as i32).collect();
-    Batch { batch: rows, seq, tokens: all(0), labels: all(1), seg: vec![0; rows * seq] }
+    Batch { batch: rows, seq, tokens: all(0), labels: all(1), seg: vec![0; rows * seq], padding: 0 }
 }
 
 /// An executable with initial weights and inputs.

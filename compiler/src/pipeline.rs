@@ -356,9 +356,11 @@ fn stages(
     options: &Options,
     observer: &mut Observer<'_>,
 ) -> Result<Plan, CompileError> {
+    // Selection biases are moved by loads, never along an estimate.
+    let estimated = |name: &String| kinds.get(name) != Some(&WeightKind::Buffer);
     let trainable: HashSet<String> = match &options.trainable {
-        Some(set) => set.clone(),
-        None => kinds.iter().filter(|(_, k)| **k != WeightKind::Buffer).map(|(n, _)| n.clone()).collect(),
+        Some(set) => set.iter().filter(|n| estimated(n)).cloned().collect(),
+        None => kinds.keys().filter(|n| estimated(n)).cloned().collect(),
     };
     let budget = Budget(options.max_rewrites);
     let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };

@@ -38,7 +38,8 @@ impl Case {
         let before = Golden::open("model_params").with_prefix("");
         let ints = |name: &str| -> Vec<i32> { golden.tensor(name).to_i64().iter().map(|&x| x as i32).collect() };
         let [batch, seq] = golden.tensor("in.tokens").ty.dims[..] else { panic!("tokens are a matrix") };
-        let batch = Batch { batch, seq, tokens: ints("in.tokens"), labels: ints("in.labels"), seg: ints("in.seg") };
+        let batch =
+            Batch { batch, seq, tokens: ints("in.tokens"), labels: ints("in.labels"), seg: ints("in.seg"), padding: 0 };
         let spec = |kind| EntrySpec { kind, rows: batch.batch, tokens: batch.seq, depth: None };
         let entries = kinds.into_iter().chain([EntryKind::Loss]).map(spec).collect();
         let options = Options { target: host().to_string(), entries, ..Options::default() };

@@ -11,6 +11,7 @@ pub mod history;
 pub mod init;
 pub mod journal;
 pub mod metrics;
+pub mod paradigms;
 mod schedule;
 pub mod standing;
 mod step;

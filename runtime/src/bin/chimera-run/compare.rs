@@ -8,6 +8,7 @@ use crate::data::DataArgs;
 use crate::estimators::{ESTIMATORS, EstimatorName, of_some};
 use crate::hyper::{HyperArgs, positive};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
+use crate::paradigms::ParadigmArgs;
 use crate::report::comparison::{Comparison, Contender, Ending};
 use crate::session::Interrupt;
 use crate::train;
@@ -173,6 +174,7 @@ impl Args {
             steps: None,
             seconds: Some(self.duration()),
             hyper: self.hyper.of(name),
+            paradigms: ParadigmArgs::default(),
             val_every: self.val_every.unwrap_or(apart),
             val_tokens: self.val_tokens,
             save_every: 0,

@@ -4,6 +4,7 @@
 
 use crate::estimators::{ESTIMATORS, EstimatorName, ZeroGradient, of_some};
 use crate::options::Failure;
+use crate::paradigms::Paradigms;
 use crate::probes::{Entries, FamilyName, MaskName, ModeName, OptimiserName};
 use chimera_runtime::text::DataSpec;
 use chimera_runtime::train::Decay;
@@ -154,7 +155,7 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
-fn positive_share(text: &str) -> Result<f64, String> {
+pub fn positive_share(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(x) if x > 0.0 && x <= 1.0 => Ok(x),
         _ => Err("expected a number above 0 and at most 1".into()),
@@ -226,6 +227,8 @@ pub struct Hyper {
     pub binary: bool,
     /// The plan that the run was started with, if it was not compiled for the run.
     pub plan: Option<PathBuf>,
+    #[serde(default)]
+    pub paradigms: Paradigms,
 }
 
 impl HyperArgs {
@@ -279,6 +282,7 @@ impl HyperArgs {
             field: None,
             binary: false,
             plan: None,
+            paradigms: Paradigms::default(),
         }
     }
 

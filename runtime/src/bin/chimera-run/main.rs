@@ -14,6 +14,7 @@ mod hyper;
 mod model;
 mod options;
 mod pack;
+mod paradigms;
 mod probes;
 mod quickstart;
 mod replay;

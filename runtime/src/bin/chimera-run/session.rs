@@ -4,10 +4,13 @@
 
 use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
+use crate::weights;
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
-use chimera_frontends::config::{ModelConfig, parameters};
+use chimera_frontends::config::ModelConfig;
 use chimera_ir::plan::Plan;
-use chimera_runtime::train::Depths;
+use chimera_runtime::exec::Executable;
+use chimera_runtime::train::paradigms::{Replan, Stage};
+use chimera_runtime::train::{Depths, TrainError, Trainer};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -64,10 +67,66 @@ pub fn training_plan(
     further: Vec<EntrySpec>,
     run: &RunOptions,
 ) -> Result<Plan, Failure> {
-    let parameters = parameters(config);
-    let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
-    let entries = [training_entries(config, hyper), further].concat();
+    stage_plan(config, hyper, Stage::default(), further, run)
+}
+
+/// The plan of a stage of a run, with `further` entry points.
+///
+/// # Errors
+/// As for [`training_plan`].
+pub fn stage_plan(
+    config: &ModelConfig,
+    hyper: &Hyper,
+    stage: Stage,
+    further: Vec<EntrySpec>,
+    run: &RunOptions,
+) -> Result<Plan, Failure> {
+    let trainable = hyper.paradigms.trained(hyper, config, stage)?;
+    let mut entries = training_entries(config, &hyper.paradigms.at(hyper, config, stage));
+    // Measurements of all stages are those of one length.
+    let measured = entries.iter_mut().filter(|e| e.kind == EntryKind::Loss);
+    measured.for_each(|e| e.tokens = hyper.seq_len as usize);
+    entries.extend(further);
     Ok(compile(config, &Options { entries, trainable, ..run.compile()? })?)
+}
+
+/// Compiles the stages of a run as they come.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    /// The model.
+    pub config: ModelConfig,
+    /// The options of the run.
+    pub hyper: Hyper,
+    /// Entry points that do not train.
+    pub further: Vec<EntrySpec>,
+    /// On what the plans run.
+    pub run: RunOptions,
+}
+
+impl Planner {
+    /// The trainer of a plan of the run.
+    ///
+    /// # Errors
+    /// When it cannot be executed.
+    pub fn trainer_of(&self, plan: Plan) -> Result<Trainer, Failure> {
+        let mut options = self.run.exec();
+        options.pinned = self.hyper.paradigms.pipeline;
+        let mut exec = Executable::new(plan, &options)?;
+        if let Some(path) = &self.hyper.fisher {
+            weights::read_scores(path, &mut exec)?;
+        }
+        let trainer = Trainer::new(exec, self.hyper.seed)?;
+        Ok(trainer.with_depths(depths(&self.config)).in_parts(self.hyper.accumulate as usize))
+    }
+}
+
+impl Replan for Planner {
+    fn trainer(&mut self, stage: Stage) -> Result<(Trainer, String), TrainError> {
+        let made = stage_plan(&self.config, &self.hyper, stage, self.further.clone(), &self.run);
+        let made = made.and_then(|plan| self.trainer_of(plan));
+        let trainer = made.map_err(|e| TrainError::Plan(format!("its next stage has none: {}", e.message)))?;
+        Ok((trainer, self.hyper.paradigms.sentence(&self.hyper, &self.config, stage)))
+    }
 }
 
 /// The entry points of a training plan.

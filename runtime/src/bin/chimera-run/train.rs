@@ -7,15 +7,16 @@ use crate::data::{DataArgs, Encoding};
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
-use crate::session::{Interrupt, depths, training_entries, training_plan};
+use crate::paradigms::{self, ParadigmArgs};
+use crate::session::{Interrupt, Planner, stage_plan, training_entries};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
 use chimera_compiler::EntrySpec;
 use chimera_ir::plan::Plan;
-use chimera_runtime::exec::Executable;
 use chimera_runtime::text::{self, Batches, Cache, Reading, Split, TokenSource, TokenStream, Vocab, VocabSpec};
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
+use chimera_runtime::train::paradigms::{Stage, Stages};
 use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
     Budget, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, Writing, init,
@@ -52,6 +53,8 @@ pub struct Args {
     pub seconds: Option<u64>,
     #[command(flatten)]
     pub hyper: HyperArgs,
+    #[command(flatten)]
+    pub paradigms: ParadigmArgs,
     /// Measure on held-out data every so many steps, or seconds with an s (30s), a tenth of the time at most; 0 never does
     #[arg(long, default_value = "100", env = "CHIMERA_VAL_EVERY", value_name = "STEPS|SECONDSs")]
     pub val_every: Measure,
@@ -103,9 +106,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// See the exit codes of [`Failure`].
 pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), Failure> {
     let (saved, folder) = resumed(args)?;
+    let given = args.paradigms.shape(&args.hyper, args.steps.or(args.seconds.is_none().then_some(DEFAULT_STEPS)))?;
     let mut hyper = match &saved {
-        Some(standing) => args.hyper.resumed(&standing.meta.options)?,
-        None => args.hyper.checked()?,
+        Some(standing) => args.paradigms.resumed(given, &standing.meta.options)?,
+        None => given.checked()?,
     };
     set_budget(&mut hyper, args, saved.is_some());
     args.data.overlay(&mut hyper);
@@ -117,25 +121,38 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let (model, vocab, tokens) = model_and_tokens(&model_options, &hyper, args, saved.as_ref().map(|s| &s.meta))?;
     model.warnings.iter().for_each(|w| reporter.say(&format!("warning: {w}")));
     refuse_packed(&model)?;
-    let plan = plan_of(&model, &mut hyper, args)?;
+    if saved.is_none() {
+        let left = paradigms::choose(&args.paradigms, &mut hyper, &model)?;
+        left.iter().for_each(|line| reporter.say(line));
+    }
+    let stage = saved.as_ref().map_or(Stage::default(), |s| s.meta.progress.stage);
+    let plan = plan_of(&model, &mut hyper, stage, args)?;
+    if hyper.paradigms.fused_cache {
+        reporter.say(&paradigms::shared_codes(&plan)?);
+    }
     let fingerprint = fingerprint(&tokens);
     let Split { train, validation } = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
-    let batches = Batches::mixed(train, hyper.seq_len as usize, hyper.seed)?;
+    let batches = hyper.paradigms.batches(train, &hyper)?;
     if let Some(standing) = &saved {
         same_run(standing, &plan, &fingerprint)?;
     }
     let writing = args.watch.writing(&vocab)?;
-    let mut exec = Executable::new(plan, &args.exec.exec())?;
+    let planner = Planner {
+        config: model.config.clone(),
+        hyper: hyper.clone(),
+        further: args.watch.entries(),
+        run: args.exec.clone(),
+    };
+    let mut trainer = planner.trainer_of(plan)?;
     let meta = Meta {
-        config: exec.plan().config.clone(),
+        config: trainer.exec().plan().config.clone(),
         vocab: vocab.to_text(),
         options: serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?,
         data: fingerprint,
         progress: Progress::default(),
     };
-    args.exec.trace.start(&mut exec);
-    let mut trainer =
-        Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
+    args.exec.trace.start(trainer.exec_mut());
+    trainer = trainer.in_stages(Box::new(planner), stage);
     // The folder is taken before it is filled: a second process finds it locked.
     let journal = Some(match &saved {
         Some(standing) => standing.continue_in(&folder)?,
@@ -146,12 +163,12 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         (None, Source::Weights(file)) => Some((file, file.assign(trainer.exec_mut(), false)?)),
         (None, _) => {
             init::initialise(trainer.exec_mut(), hyper.seed)?;
+            for (name, dims, values) in hyper.paradigms.reservoir(&model.config, hyper.seed) {
+                trainer.exec_mut().set_weight(&name, &dims, &values)?;
+            }
             None
         }
     };
-    if let (None, Some(path)) = (&saved, &hyper.fisher) {
-        weights::read_scores(path, trainer.exec_mut())?;
-    }
     if let Some((file, unused)) = loaded {
         weights::report_unused(file, &model.config, &unused).iter().for_each(|line| reporter.say(line));
     }
@@ -164,7 +181,8 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
         lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
     }
-    let options = run_options(args, &hyper, folder, writing)?;
+    let stages = hyper.paradigms.stages(&hyper, &model.config);
+    let options = run_options(args, &hyper, stages, folder, writing)?;
     let mut run = Run {
         trainer: &mut trainer,
         batches: &batches,
@@ -256,11 +274,11 @@ pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failu
     let mut hyper = HyperArgs::default().resumed(&standing.meta.options)?;
     let options = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
     let model = Model::open(&model_of(standing, &hyper, &options), None)?;
-    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), vec![], args)?;
+    let stage = standing.meta.progress.stage;
+    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), stage, vec![], args)?;
     same_run(standing, &plan, &standing.meta.data)?;
-    let exec = Executable::new(plan, &args.exec())?;
-    let mut trainer =
-        Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
+    let planner = Planner { config: model.config.clone(), hyper: hyper.clone(), further: vec![], run: args.clone() };
+    let mut trainer = planner.trainer_of(plan)?.in_stages(Box::new(planner), stage);
     let data = trainer.needs_data() && !standing.trail.steps.is_empty() && !hyper.data.is_empty();
     let batches = if data { Some(batches_of(standing, &hyper)?) } else { None };
     standing.restore(&mut trainer, batches.as_ref())?;
@@ -281,7 +299,7 @@ fn batches_of(standing: &Standing, hyper: &Hyper) -> Result<Batches, Failure> {
         )));
     }
     let split = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
-    Ok(Batches::mixed(split.train, hyper.seq_len as usize, hyper.seed)?)
+    Ok(hyper.paradigms.batches(split.train, hyper)?)
 }
 
 /// Damage that was found on the way to a state.
@@ -411,22 +429,23 @@ fn refuse_packed(model: &Model) -> Result<(), Failure> {
 }
 
 /// The plan of the run; a plan that was named decides shape and estimator.
-fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failure> {
+fn plan_of(model: &Model, hyper: &mut Hyper, stage: Stage, args: &Args) -> Result<Plan, Failure> {
     if let (Source::Plan(_), Some(path)) = (&model.source, args.model.path()) {
         hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
     }
-    plan_with(model, hyper, &args.hyper, args.watch.entries(), &args.exec)
+    plan_with(model, hyper, &args.hyper, stage, args.watch.entries(), &args.exec)
 }
 
 fn plan_with(
     model: &Model,
     hyper: &mut Hyper,
     given: &HyperArgs,
+    stage: Stage,
     further: Vec<EntrySpec>,
     run: &ExecArgs,
 ) -> Result<Plan, Failure> {
     let Source::Plan(plan) = &model.source else {
-        return training_plan(&model.config, hyper, further, run);
+        return stage_plan(&model.config, hyper, stage, further, run);
     };
     let first = plan.entry("dual_loss").or(plan.entry("backward"));
     let port = first.and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
@@ -495,11 +514,18 @@ fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
     })
 }
 
-fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf, writing: Option<Writing>) -> Result<RunOptions, Failure> {
+fn run_options(
+    args: &Args,
+    hyper: &Hyper,
+    stages: Stages,
+    folder: PathBuf,
+    writing: Option<Writing>,
+) -> Result<RunOptions, Failure> {
     let decay = hyper.lr_decay.parse().map_err(Failure::corrupted)?;
     Ok(RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
         schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
+        stages,
         measure: args.val_every,
         validation_rows: usize::try_from(args.val_tokens / u64::from(hyper.seq_len)).unwrap_or(usize::MAX).max(1),
         save_every: args.save_every,

@@ -82,7 +82,7 @@ impl Contender {
         let reached = |p: &&[f64; 2]| worst.is_some_and(|worst| p[1] <= worst);
         Figures {
             steps: self.steps.last().and_then(|l| l["step"].as_u64()).unwrap_or(0),
-            data_tokens: self.steps.last().map_or(0.0, tokens),
+            data_tokens: sum("data_tokens"),
             data_rate: rate("data_tokens"),
             forward_rate: rate("forward_tokens"),
             last: measured.last().map(|p| p[1]),

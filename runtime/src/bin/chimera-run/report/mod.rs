@@ -20,7 +20,7 @@ const MAX_TEXTS: usize = 24;
 /// Events that are listed, the latest ones.
 const MAX_EVENTS: usize = 200;
 /// Events that are marked in charts.
-const MARKED: [&str; 5] = ["rollback", "resume", "memory", "damage", "failure"];
+const MARKED: [&str; 6] = ["rollback", "resume", "memory", "damage", "failure", "stage"];
 
 /// Options of `report`.
 #[derive(clap::Args, Clone, Debug)]
@@ -59,9 +59,10 @@ fn number(line: &Value, key: &str) -> Option<f64> {
     line.get(key).and_then(Value::as_f64)
 }
 
-/// Data tokens behind a step.
+/// Position in the data behind a step, in tokens.
 fn tokens(line: &Value) -> f64 {
-    number(line, "step").unwrap_or(0.0) * number(line, "data_tokens").unwrap_or(0.0)
+    let even = || number(line, "step").unwrap_or(0.0) * number(line, "data_tokens").unwrap_or(0.0);
+    number(line, "position").unwrap_or_else(even)
 }
 
 fn seconds(line: &Value) -> f64 {

@@ -1,0 +1,173 @@
+//! Paradigms as options of `chimera-run train`: runs that survive interruption in the middle of each of them, and what is refused.
+
+mod common;
+
+use std::fs;
+use std::process::Command;
+
+use chimera_runtime::files::b158::B158;
+use chimera_runtime::train::paradigms::Stage;
+use chimera_runtime::train::standing::Standing;
+use common::{LOOPED, Place};
+
+impl Place {
+    fn new() -> Place {
+        let place = Place::with_model(LOOPED);
+        let lines = (0..40).map(|i| format!("{{\"text\": \"{}\"}}\n", "the cat sat. ".repeat(1 + i * 7 % 5)));
+        fs::write(place.path("lines.jsonl"), lines.collect::<String>()).expect("written");
+        place
+    }
+
+    /// Exit code and messages of `chimera-run` with these words.
+    fn run(&self, words: &str, threads: &str) -> (Option<i32>, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_chimera-run"));
+        command.current_dir(self.0.path()).args(words.split_whitespace()).args(["--threads", threads]);
+        let output = command.env("CHIMERA_CODE_CACHE", "off").output().expect("the command starts");
+        (output.status.code(), String::from_utf8(output.stderr).expect("UTF-8"))
+    }
+
+    fn train(&self, words: &str, threads: &str) -> (Option<i32>, String) {
+        let always = "train model.json --data lines.jsonl --batch 4 --seq-len 32 --val-every 0 --lr-decay constant";
+        self.run(&format!("{always} {words}"), threads)
+    }
+
+    /// Name and bytes of every tensor of a checkpoint.
+    fn tensors(&self, file: &str) -> Vec<(String, Vec<u8>)> {
+        let file = B158::open(&self.path(file)).expect("a checkpoint");
+        let names: Vec<String> = file.iter().map(|t| t.0.to_owned()).collect();
+        names.into_iter().map(|n| (n.clone(), file.require(&n).expect("a tensor").bytes.to_vec())).collect()
+    }
+
+    /// The names of the weights that differ between two checkpoints, memory of optimizers apart.
+    fn moved(&self, a: &str, b: &str) -> Vec<String> {
+        let (a, b) = (self.tensors(a), self.tensors(b));
+        let weights = a.into_iter().filter(|(name, _)| !name.starts_with("optim."));
+        weights.filter(|t| !b.contains(t)).map(|(name, _)| name).collect()
+    }
+}
+
+/// Runs of 8 steps that are interrupted behind 3: in the middle of whatever they do in stages.
+#[test]
+fn runs_of_every_paradigm_resume_and_replay_to_the_same_bits() {
+    let place = Place::new();
+    for (i, words) in [
+        "--growlength",
+        "--progressive-unfreeze",
+        "--reservoir --reservoir-ratio 1",
+        "--sparse-mezo --mezo-sparsity 0.2 --progressive-unfreeze --unfreeze-stages 2 --lr 1e-3",
+        "--pipeline --packing=false",
+        "--all",
+        "--all --estimator adamw",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let (whole, parts) = (format!("whole{i}"), format!("parts{i}"));
+        let (code, text) = place.train(&format!("{words} --steps 8 --out {whole}"), "1");
+        assert_eq!(code, Some(0), "{words}: {text}");
+        let stopped = format!("{words} --steps 8 --save-every 3 --out {parts}");
+        let (code, text) = place.train(&stopped, "2");
+        assert_eq!(code, Some(0), "{words}: {text}");
+        let last = |folder: &str| place.tensors(&format!("{folder}/step-00000008.b158"));
+        assert!(last(&whole) == last(&parts), "{words}: any number of threads, any number of checkpoints");
+        // As if the process had ended with the journal in the middle of a record of step 5.
+        let records = records(&place, &parts);
+        for step in [6, 8] {
+            fs::remove_file(place.path(&format!("{parts}/step-0000000{step}.b158"))).expect("removed");
+        }
+        let journal = place.path(&format!("{parts}/journal.bin"));
+        let bytes = fs::read(&journal).expect("a journal");
+        fs::write(&journal, &bytes[..records[4] - 3]).expect("written");
+        let (code, text) = place.run(&format!("train --resume {parts} --steps 8"), "2");
+        assert_eq!(code, Some(0), "{words}: {text}");
+        assert!(last(&whole) == last(&parts), "{words}: the bits of an uninterrupted run");
+        // All of it from the first checkpoint and the journal.
+        let (code, text) = place.run(&format!("replay {whole} --to 8 -o again.b158"), "1");
+        assert_eq!(code, Some(0), "{words}: {text}");
+        assert!(last(&whole) == place.tensors("again.b158"), "{words}: replayed from the beginning");
+        let (code, text) = place.run(&format!("verify-run {whole} {parts}"), "2");
+        assert_eq!(code, Some(0), "{words}: {text}");
+    }
+}
+
+/// Offsets behind the records of a journal of steps.
+fn records(place: &Place, folder: &str) -> Vec<usize> {
+    let bytes = fs::read(place.path(&format!("{folder}/journal.bin"))).expect("a journal");
+    let (_, items) = chimera_runtime::train::journal::read(&bytes).expect("a header");
+    items.map(|(range, _)| range.end).collect()
+}
+
+#[test]
+fn stages_train_what_they_say() {
+    let place = Place::new();
+    let (code, text) = place.train("--progressive-unfreeze --growlength --reservoir --steps 8 --out run", "2");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("stage 2 of 4 trains layers 2 to 3, the final norm") && text.contains("4 x 32"), "{text}");
+    let whole = Standing::whole(&place.path("run"), 0).expect("a run");
+    let stages: Vec<Stage> = whole.trail.steps.iter().map(|s| s.stage).collect();
+    let (thaws, lengths) = (stages.iter().map(|s| s.thaw), stages.iter().map(|s| s.length));
+    assert_eq!(thaws.collect::<Vec<_>>(), [0, 0, 1, 1, 2, 2, 3, 3]);
+    // An eighth and a quarter of 32 are both 16 in the end; half of it is 16 too.
+    assert_eq!(lengths.collect::<Vec<_>>(), [0, 0, 0, 0, 0, 0, 3, 3]);
+    assert_eq!(whole.trail.steps.iter().map(|s| s.c.len()).collect::<Vec<_>>(), [8, 8, 8, 8, 8, 8, 4, 4]);
+    for (to, first) in [(2, 3), (4, 2), (6, 1), (8, 0)] {
+        assert_eq!(place.run(&format!("replay run --to {to} -o {to}.b158"), "1").0, Some(0));
+        let moved = place.moved("run/step-00000000.b158", &format!("{to}.b158"));
+        let layer = |n: &String| n.strip_prefix("layers.").and_then(|n| n.split('.').next()?.parse::<usize>().ok());
+        assert_eq!(moved.iter().filter_map(layer).min(), Some(first), "behind step {to}: {moved:?}");
+        assert!(moved.iter().any(|n| n == "norm.weight"));
+        assert_eq!(moved.iter().any(|n| n == "embed.weight"), to == 8, "the embedding waits");
+        assert_eq!(moved.iter().any(|n| n.starts_with("loop.")), to >= 6, "the loop begins with layer 1");
+        let still = ["layers.0.attn.a_proj.weight", "layers.0.attn.b_proj.weight", "layers.1.attn.fgate.weight"];
+        assert!(!still.iter().any(|s| moved.iter().any(|n| n == s)), "the reservoir stays: {moved:?}");
+        assert!(to < 8 || moved.iter().any(|n| n == "layers.2.attn.a_proj.weight"), "half of it: {moved:?}");
+    }
+    // A longer budget does not take a stage back.
+    assert_eq!(place.run("train --resume run --steps 12", "2").0, Some(0));
+    let stages = Standing::whole(&place.path("run"), 0).expect("a run").trail.steps.into_iter().map(|s| s.stage.thaw);
+    assert_eq!(stages.collect::<Vec<_>>()[8..], [3, 3, 3, 3]);
+    assert_eq!(place.run("verify-run run run", "1").0, Some(0));
+}
+
+#[test]
+fn combinations_without_a_meaning_are_refused() {
+    let place = Place::new();
+    for (words, part) in [
+        ("--reservoir-ratio 0.5", "--reservoir-ratio has no meaning without --reservoir"),
+        ("--mezo-sparsity 0.5", "--mezo-sparsity has no meaning without --sparse-mezo"),
+        ("--unfreeze-stages 3", "--unfreeze-stages has no meaning without --progressive-unfreeze"),
+        ("--progressive-unfreeze --unfreeze-stages 5", "the model has 4; choose fewer --unfreeze-stages"),
+        ("--progressive-unfreeze --unfreeze-stages 1", "2..=64"),
+        ("--sparse-mezo --estimator adamw", "--sparse-mezo has no meaning for the estimator adamw"),
+        ("--sparse-mezo --mask dense", "dense leaves nothing out"),
+        ("--sparse-mezo --mask boundary --mezo-sparsity 0.1", "has no meaning with --mask boundary"),
+        ("--sparse-mezo --sparsity 0.1", "give that one"),
+        ("--sparse-mezo --mask fisher", "expected --fisher FILE"),
+        ("--fused-cache --estimator mezo", "each probe packs its own; choose --mode additive or scales"),
+        ("--fused-cache --sparse-mezo", "each probe packs its own"),
+        ("--progressive-unfreeze --only embed.weight", "leaves nothing to train in stage 1"),
+        ("--reservoir=yes", "invalid value 'yes'"),
+    ] {
+        let (code, text) = place.train(&format!("{words} --steps 2 --out refused"), "1");
+        assert!(code == Some(2) && text.contains(part), "{words}: {code:?} {text}");
+    }
+    let short = "train model.json --data lines.jsonl --batch 4 --seq-len 16 --growlength --steps 2 --out refused";
+    let (code, text) = place.run(short, "1");
+    assert!(code == Some(2) && text.contains("which cannot grow from 16"), "{code:?} {text}");
+    assert!(!place.path("refused").exists(), "nothing is left behind");
+    let (code, text) = place.train("--all --progressive-unfreeze=false --steps 2 --out run", "1");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("--all leaves out --sparse-mezo") && text.contains("codes of"), "{text}");
+    for (words, part) in [
+        ("--progressive-unfreeze", "--progressive-unfreeze is true, but the run was started with false"),
+        ("--reservoir-ratio 0.25", "--reservoir-ratio is 0.25, but the run was started with 0.5"),
+        ("--all", "--all is for new runs"),
+    ] {
+        let (code, text) = place.run(&format!("train --resume run --steps 4 {words}"), "1");
+        assert!(code == Some(2) && text.contains(part), "{words}: {code:?} {text}");
+    }
+    let same = "train --resume run --steps 4 --growlength --reservoir --packing --reservoir-ratio 0.5";
+    assert_eq!(place.run(same, "1").0, Some(0));
+    let (code, text) = place.run("train run/step-00000002.b158 --data lines.jsonl --reservoir --out other", "1");
+    assert!(code == Some(2) && text.contains("draws matrices anew"), "{code:?} {text}");
+}
