@@ -171,3 +171,34 @@ fn combinations_without_a_meaning_are_refused() {
     let (code, text) = place.run("train run/step-00000002.b158 --data lines.jsonl --reservoir --out other", "1");
     assert!(code == Some(2) && text.contains("draws matrices anew"), "{code:?} {text}");
 }
+
+#[test]
+fn a_benchmark_measures_every_paradigm() {
+    let place = Place::new();
+    let words = "train model.json --data lines.jsonl --batch 4 --seq-len 32 --val-tokens 64 --benchmark --seconds 1 --json -q --out all";
+    let mut command = place.command(&words.split(' ').collect::<Vec<_>>());
+    let output = command.args(["--threads", "2"]).env("CHIMERA_CODE_CACHE", "off").output().expect("it starts");
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON and nothing else");
+    let runs: Vec<&str> = value["runs"].as_array().expect("a list").iter().filter_map(|r| r["run"].as_str()).collect();
+    let rows = value["paradigms"].as_array().expect("a list");
+    let names: Vec<&str> = rows.iter().filter_map(|r| r["paradigm"].as_str()).collect();
+    let all =
+        ["growlength", "reservoir", "pipeline", "progressive-unfreeze", "packing", "sparse-mezo", "fused-cache", "all"];
+    assert!(all.iter().all(|name| names.contains(name)) && names.len() == all.len(), "{names:?}");
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
+        let speed = number("data_tokens_per_second") / number("data_tokens_per_second_without");
+        assert!(speed > 0.0 && (speed - number("factor_of_tokens")).abs() < 1e-9);
+        assert!((number("held_out_without") / number("held_out") - number("factor_of_loss")).abs() < 1e-9);
+        assert!(["with", "without"].iter().all(|side| runs.contains(&row[*side].as_str().expect("a name"))), "{row}");
+    }
+    let page = fs::read_to_string(place.path("all/benchmark.html")).expect("a page");
+    assert!(page.contains("<svg") && page.contains("progressive-unfreeze") && !page.contains("http:"));
+    assert_eq!(place.run("report all/growlength", "1").0, Some(0), "each run is one of train");
+    for (words, part) in [("--steps 3", "--seconds"), ("--growlength", "name none of them"), ("--resume", "fresh runs")]
+    {
+        let (code, text) = place.train(&format!("--benchmark --out other {words}"), "1");
+        assert!(code == Some(2) && text.contains(part), "{words}: {code:?} {text}");
+    }
+}

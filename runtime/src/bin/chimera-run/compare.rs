@@ -9,7 +9,7 @@ use crate::estimators::{ESTIMATORS, EstimatorName, of_some};
 use crate::hyper::{HyperArgs, positive};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::paradigms::ParadigmArgs;
-use crate::report::comparison::{Comparison, Contender, Ending};
+use crate::report::comparison::{Comparison, Contender, Ending, Subject};
 use crate::session::Interrupt;
 use crate::train;
 use crate::watch::{Reporter, WatchArgs};
@@ -90,11 +90,31 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
     }
     let reporter = Reporter::new(None, false, args.quiet);
-    let mut all = Comparison { contenders: vec![], seconds: args.duration(), seed: args.hyper.fresh().seed };
-    let mut failure = None;
-    for (i, (name, run)) in args.estimators.iter().zip(&runs).enumerate() {
-        reporter.say(&format!("{} of {}: {} for {} s", i + 1, runs.len(), name.text(), args.duration()));
-        let ending = match train::train(run, &interrupt) {
+    let (seconds, seed) = (args.duration(), args.hyper.fresh().seed);
+    let names = args.estimators.iter().map(|name| name.text());
+    let (contenders, failure) = race(names.zip(runs).collect(), seconds, &interrupt, &reporter)?;
+    let all = Comparison { subject: Subject::Estimators, contenders, seconds, seed };
+    if !all.contenders.is_empty() {
+        show(args, &all, &reporter)?;
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+/// Trains one run behind the other, each of so many seconds, until one is interrupted. Returned are those that did a step, and the first
+/// failure. Every run has a folder.
+///
+/// # Errors
+/// Records that cannot be read.
+pub fn race(
+    runs: Vec<(String, train::Args)>,
+    seconds: u64,
+    interrupt: &Interrupt,
+    reporter: &Reporter,
+) -> Result<(Vec<Contender>, Option<Failure>), Failure> {
+    let (mut contenders, mut failure, count) = (vec![], None, runs.len());
+    for (i, (name, run)) in runs.into_iter().enumerate() {
+        reporter.say(&format!("{} of {count}: {name} for {seconds} s", i + 1));
+        let ending = match train::train(&run, interrupt) {
             Ok((Outcome::Finished, _)) => Ending::Finished,
             Ok((Outcome::Stopped, _)) => Ending::Stopped,
             Err(f) => {
@@ -103,25 +123,22 @@ pub fn run(args: &Args) -> Result<(), Failure> {
                 ending
             }
         };
-        let folder = args.folder(*name);
+        let folder = run.out.clone().unwrap_or_default();
         let (steps, events) = (history::lines(&folder, Log::NAME)?, history::lines(&folder, history::NAME)?);
         let begun = !steps.is_empty();
-        // A loss that explodes says something of its estimator; what fails before the first step fails for all of them.
+        // A loss that explodes says something of its run; what fails before the first step fails for all of them.
         let over = ending == Ending::Stopped || (ending != Ending::Finished && !begun);
         if let (true, Ending::Failed(why)) = (begun, &ending) {
-            reporter.say(&format!("{}: {why}", name.text()));
+            reporter.say(&format!("{name}: {why}"));
         }
         if begun {
-            all.contenders.push(Contender { name: name.text(), folder, steps, events, ending });
+            contenders.push(Contender { name, folder, steps, events, ending });
         }
         if over || interrupt.requested() {
             break;
         }
     }
-    if !all.contenders.is_empty() {
-        show(args, &all, &reporter)?;
-    }
-    failure.map_or(Ok(()), Err)
+    Ok((contenders, failure))
 }
 
 /// Refuses what has no meaning in a comparison.
@@ -183,6 +200,7 @@ impl Args {
             resume: None,
             watch: self.watch.clone(),
             exec: self.exec.clone(),
+            benchmark: false,
             json: false,
             quiet: self.quiet,
         }
@@ -192,7 +210,7 @@ impl Args {
 /// The page into the folder, the table or its JSON to stdout.
 fn show(args: &Args, all: &Comparison, reporter: &Reporter) -> Result<(), Failure> {
     let path = args.out.join(PAGE);
-    let page = all.page();
+    let page = all.page(|_| {});
     write_atomic(&path, |w| w.write_all(page.as_bytes()))?;
     reporter.say(&format!("curves: {}", path.display()));
     let mut out = std::io::stdout().lock();

@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line program talks to people")]
 #![allow(unreachable_pub, reason = "modules of a binary")]
 
+mod benchmark;
 mod call;
 mod compare;
 mod data;

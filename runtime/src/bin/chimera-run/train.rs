@@ -3,6 +3,7 @@
 //! Invariant: the same options, data and seed give the same checkpoint, however often the run was interrupted and resumed, unless
 //! seconds bound it.
 
+use crate::benchmark;
 use crate::data::{DataArgs, Encoding};
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, other_vocab, spec_of_size};
@@ -77,6 +78,9 @@ pub struct Args {
     pub watch: WatchArgs,
     #[command(flatten)]
     pub exec: ExecArgs,
+    /// Train without paradigms and with each of them, --seconds each [default: 60], and print what each of them is worth
+    #[arg(long, env = "CHIMERA_BENCHMARK")]
+    pub benchmark: bool,
     /// Print one line of JSON for each step on stdout
     #[arg(long, env = "CHIMERA_JSON")]
     pub json: bool,
@@ -93,6 +97,9 @@ const DEFAULT_OUT: &str = "chimera-run";
 /// # Errors
 /// See the exit codes of [`Failure`].
 pub fn run(args: &Args) -> Result<(), Failure> {
+    if args.benchmark {
+        return benchmark::run(args);
+    }
     let (_, path) = train(args, &Interrupt::register()?)?;
     if !args.json {
         writeln!(std::io::stdout().lock(), "{}", path.display())?;
