@@ -9,7 +9,7 @@ use std::{
 use chimera_frontends::{
     config::{ModelConfig, ParamKind, WeightScale, parameters},
     layers::{Depth, Form, Shape},
-    models::chimera::{self, Head},
+    models::chimera::{self, Head, Part},
 };
 use chimera_ir::{
     Graph,
@@ -57,6 +57,8 @@ pub enum EntryKind {
     Descend(Descent),
     /// `mask`: the choice of what a scheme probes, where it keeps one.
     Mask(Scheme),
+    /// `prefix`: what goes into the layer of [`Options::cut`].
+    Prefix,
 }
 
 impl EntryKind {
@@ -72,6 +74,7 @@ impl EntryKind {
             EntryKind::DualLoss(_) => "dual_loss",
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
             EntryKind::Mask(_) => "mask",
+            EntryKind::Prefix => "prefix",
         }
     }
 }
@@ -102,7 +105,7 @@ impl fmt::Display for EntrySpec {
         match &self.kind {
             EntryKind::Loss | EntryKind::Grad => Ok(()),
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
-            EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
+            EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
             EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) => write!(f, " {scheme:?}"),
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
@@ -119,6 +122,9 @@ pub struct Options {
     pub entries: Vec<EntrySpec>,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
+    /// The layer in front of which [`EntryKind::DualLoss`] and [`EntryKind::Backward`] begin: they take what goes into it, which
+    /// [`EntryKind::Prefix`] gives, as an input `prefix`. No weight in front of it may be trainable; nothing for whole models.
+    pub cut: Option<usize>,
     /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
     /// of their stack. Forward passes only.
     pub packed: HashSet<String>,
@@ -154,6 +160,7 @@ impl Default for Options {
             target: "host".to_owned(),
             entries: vec![],
             trainable: None,
+            cut: None,
             packed: HashSet::new(),
             stop_after: None,
             dump: None,
@@ -221,6 +228,12 @@ pub fn compile_observed(
     if let Some(stage) = options.stop_after.as_ref().filter(|s| !STAGES.contains(&s.as_str())) {
         return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
     }
+    if let Some(layer) = options.cut.filter(|&layer| chimera::cut(cfg, layer) != layer || layer == 0) {
+        return Err(CompileError::Option(format!(
+            "a cut in front of layer {layer} lies inside the loop or behind nothing; cut in front of layer {}",
+            chimera::cut(cfg, layer).max(1)
+        )));
+    }
     let mut kinds = weight_kinds(cfg);
     for suffix in [CODES, SCALES] {
         kinds.extend(options.packed.iter().map(|name| (format!("{name}{suffix}"), WeightKind::Packed)));
@@ -234,7 +247,7 @@ pub fn compile_observed(
             EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
                 Some("changes")
             }
-            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => None,
+            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => None,
         };
         if let Some(verb) = verb.filter(|_| !options.packed.is_empty()) {
             return Err(CompileError::Option(format!(
@@ -253,12 +266,27 @@ pub fn compile_observed(
             let shape = shape(cfg, spec, form, carry);
             chimera::packed_graph(cfg, shape, head, &options.packed).map_err(fail("build"))
         };
+        let part = |part| {
+            let shape = shape(cfg, spec, Form::Chunked, false);
+            chimera::part_graph(cfg, shape, Head::Loss, part).map_err(fail("build"))
+        };
+        let rest = || match options.cut {
+            None => build(Head::Loss, Form::Chunked, false),
+            Some(layer) => part(Part::From(layer)),
+        };
+        let unrolled = |g: &Graph| {
+            let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
+            grad::unroll(g, half).map_err(fail("build"))
+        };
         let g = match &spec.kind {
-            EntryKind::Loss | EntryKind::DualLoss(_) => build(Head::Loss, Form::Chunked, false)?,
-            EntryKind::Grad | EntryKind::Backward { .. } => {
-                let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
-                grad::unroll(&build(Head::Loss, Form::Chunked, false)?, half).map_err(fail("build"))?
-            }
+            EntryKind::Loss => build(Head::Loss, Form::Chunked, false)?,
+            EntryKind::DualLoss(_) => rest()?,
+            EntryKind::Prefix => match options.cut {
+                Some(layer) => part(Part::To(layer))?,
+                None => return Err(CompileError::Option(format!("entry point {name} needs a cut"))),
+            },
+            EntryKind::Grad => unrolled(&build(Head::Loss, Form::Chunked, false)?)?,
+            EntryKind::Backward { .. } => unrolled(&rest()?)?,
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
             EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
@@ -293,7 +321,7 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. }) if l.stochastic => {
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. } | EntryKind::Prefix) if l.stochastic => {
             Depth::PerRow { max: l.range[1], adaptive: false }
         }
         (Some(l), _) => Depth::Fixed(l.default),

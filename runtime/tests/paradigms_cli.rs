@@ -56,6 +56,8 @@ fn runs_of_every_paradigm_resume_and_replay_to_the_same_bits() {
         "--reservoir --reservoir-ratio 1",
         "--sparse-mezo --mezo-sparsity 0.2 --progressive-unfreeze --unfreeze-stages 2 --lr 1e-3",
         "--pipeline --packing=false",
+        "--progressive-unfreeze --prefix-cache int8",
+        "--progressive-unfreeze --prefix-cache --growlength --estimator adamw --accumulate 2",
         "--all",
         "--all --estimator adamw",
     ]
@@ -147,6 +149,9 @@ fn combinations_without_a_meaning_are_refused() {
         ("--fused-cache --sparse-mezo", "each probe packs its own"),
         ("--progressive-unfreeze --only embed.weight", "leaves nothing to train in stage 1"),
         ("--reservoir=yes", "invalid value 'yes'"),
+        ("--prefix-cache", "needs layers that stay as they are; give it with --progressive-unfreeze"),
+        ("--prefix-cache --only *layers*", "needs layers that stay as they are"),
+        ("--prefix-cache-memory 8 --progressive-unfreeze", "has no meaning without --prefix-cache"),
     ] {
         let (code, text) = place.train(&format!("{words} --steps 2 --out refused"), "1");
         assert!(code == Some(2) && text.contains(part), "{words}: {code:?} {text}");
@@ -183,8 +188,17 @@ fn a_benchmark_measures_every_paradigm() {
     let runs: Vec<&str> = value["runs"].as_array().expect("a list").iter().filter_map(|r| r["run"].as_str()).collect();
     let rows = value["paradigms"].as_array().expect("a list");
     let names: Vec<&str> = rows.iter().filter_map(|r| r["paradigm"].as_str()).collect();
-    let all =
-        ["growlength", "reservoir", "pipeline", "progressive-unfreeze", "packing", "sparse-mezo", "fused-cache", "all"];
+    let all = [
+        "growlength",
+        "reservoir",
+        "pipeline",
+        "progressive-unfreeze",
+        "prefix-cache",
+        "packing",
+        "sparse-mezo",
+        "fused-cache",
+        "all",
+    ];
     assert!(all.iter().all(|name| names.contains(name)) && names.len() == all.len(), "{names:?}");
     for row in rows {
         let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
@@ -195,10 +209,40 @@ fn a_benchmark_measures_every_paradigm() {
     }
     let page = fs::read_to_string(place.path("all/benchmark.html")).expect("a page");
     assert!(page.contains("<svg") && page.contains("progressive-unfreeze") && !page.contains("http:"));
-    assert_eq!(place.run("report all/growlength", "1").0, Some(0), "each run is one of train");
+    let report = place.command(&["report", "all/growlength"]).output().expect("it starts");
+    assert!(report.status.success(), "each run is one of train");
     for (words, part) in [("--steps 3", "--seconds"), ("--growlength", "name none of them"), ("--resume", "fresh runs")]
     {
         let (code, text) = place.train(&format!("--benchmark --out other {words}"), "1");
         assert!(code == Some(2) && text.contains(part), "{words}: {code:?} {text}");
     }
+}
+
+#[test]
+fn what_frozen_layers_give_is_kept_within_its_bound() {
+    let place = Place::new();
+    let words = |more: &str, out: &str| format!("--progressive-unfreeze --steps 96 {more} --out {out}");
+    let last = |folder: &str| place.tensors(&format!("{folder}/step-00000096.b158"));
+    let found = |text: &str| -> u64 {
+        let line = text.lines().find(|l| l.contains("were found in memory")).unwrap_or_else(|| panic!("{text}"));
+        line.split_whitespace().find_map(|word| word.parse().ok()).expect("a number")
+    };
+    assert_eq!(place.train(&words("", "plain"), "1").0, Some(0));
+    let (code, text) = place.train(&words("--prefix-cache", "kept"), "2");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(last("plain") == last("kept"), "what is kept as it is changes no bit");
+    assert!(found(&text) > 0, "the data repeat: {text}");
+    let all = found(&text);
+    // A row of 32 tokens of 32 numbers takes more than 4096 bytes.
+    let (code, text) = place.train(&words("--prefix-cache --prefix-cache-memory 0.02", "bounded"), "2");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(last("plain") == last("bounded") && found(&text) < all, "{text}");
+    let (code, text) = place.train(&words("--prefix-cache int8", "codes"), "2");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(last("plain") != last("codes") && found(&text) == all, "codes are something else: {text}");
+    let (code, text) = place.train("--only layers.3.*,norm.weight --prefix-cache --steps 6 --out only", "2");
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(place.train("--only layers.3.*,norm.weight --steps 6 --out same", "2").0, Some(0));
+    let at = |folder: &str| place.tensors(&format!("{folder}/step-00000006.b158"));
+    assert!(at("only") == at("same"), "also where --only leaves layers as they are");
 }

@@ -235,7 +235,7 @@ impl Run<'_> {
         stop: &dyn Fn() -> bool,
         hear: &mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
     ) -> Result<Outcome, TrainError> {
-        let bytes = self.trainer.exec().bytes();
+        let bytes = self.trainer.bytes();
         let memory = MemoryWatch::new(resident_bytes().unwrap_or(u64::MAX - bytes), bytes);
         let now = Instant::now();
         let mut on = Loop {
@@ -319,7 +319,7 @@ impl Run<'_> {
     fn change_stage(&mut self, options: &RunOptions, on: &mut Loop<'_>) -> Result<(), TrainError> {
         let stage = options.stages.wanted(&self.progress, &options.budget).later(self.progress.stage);
         let Some(sentence) = self.trainer.enter(stage)? else { return Ok(()) };
-        on.memory.plans(self.trainer.exec().bytes());
+        on.memory.plans(self.trainer.bytes());
         (on.hear)(Event::Stage { step: self.progress.step, sentence: &sentence })
     }
 

@@ -12,6 +12,7 @@ pub mod init;
 pub mod journal;
 pub mod metrics;
 pub mod paradigms;
+pub mod prefix;
 mod schedule;
 pub mod standing;
 mod step;

@@ -7,6 +7,7 @@ use super::backprop::{self, BACKWARD};
 use super::checkpoint;
 use super::compare;
 use super::paradigms::{Replan, Stage};
+use super::prefix::{self, Keeping, PREFIX, Prefix};
 use super::weights::WeightFile;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
@@ -98,6 +99,10 @@ pub struct Trainer {
     stage: Stage,
     /// Whether the stage has just begun: what is probed is then chosen anew.
     fresh: bool,
+    /// What goes into the first layer that a step changes, where the plan begins there.
+    prefix: Option<Prefix>,
+    /// Rows that earlier stages found, of those that they asked for.
+    found: (u64, u64),
 }
 
 impl Trainer {
@@ -157,6 +162,8 @@ impl Trainer {
             replan: None,
             stage: Stage::default(),
             fresh: false,
+            prefix: None,
+            found: (0, 0),
         })
     }
 
@@ -173,6 +180,25 @@ impl Trainer {
     /// As before, for `stage` of a run whose other stages `replan` makes.
     pub fn in_stages(self, replan: Box<dyn Replan>, stage: Stage) -> Trainer {
         Trainer { replan: Some(replan), stage, ..self }
+    }
+
+    /// As before, and where the plan begins behind layers that stay as they are, with as much of what these give as `keeping` says.
+    ///
+    /// # Errors
+    /// A plan whose shapes do not fit together.
+    pub fn with_prefix(self, keeping: Keeping) -> Result<Trainer, TrainError> {
+        Ok(Trainer { prefix: Prefix::of(&self.exec, keeping)?, ..self })
+    }
+
+    /// Rows of batches that were found in memory, of all that layers which stay as they are were asked for.
+    pub fn found(&self) -> Option<(u64, u64)> {
+        let own = self.prefix.as_ref().map_or((0, 0), Prefix::found);
+        Some((self.found.0 + own.0, self.found.1 + own.1)).filter(|found| found.1 > 0)
+    }
+
+    /// Bytes that the plan and what is kept beside it may come to use.
+    pub fn bytes(&self) -> u64 {
+        self.exec.bytes() + self.prefix.as_ref().map_or(0, Prefix::most)
     }
 
     /// The stage that this is the trainer of.
@@ -203,6 +229,7 @@ impl Trainer {
                 next.exec.set_weight(&weight.name, &weight.ty.dims, &values)?;
             }
         }
+        next.found = self.found().unwrap_or_default();
         (next.replan, next.stage, next.fresh) = (self.replan.take(), stage, true);
         *self = next;
         Ok(Some(sentence))
@@ -215,6 +242,9 @@ impl Trainer {
     pub fn restore(&mut self, file: &WeightFile, stage: Stage) -> Result<Vec<String>, TrainError> {
         self.enter(stage)?;
         self.fresh = false;
+        if let Some(prefix) = &mut self.prefix {
+            prefix.forget();
+        }
         checkpoint::restore(file, &mut self.exec)
     }
 
@@ -277,9 +307,22 @@ impl Trainer {
                 )));
             }
         };
-        let Some(comparison) = self.comparison else {
-            return backprop::descent(&mut self.exec, self.dual, batch, drawn.as_deref(), &self.loads, step);
+        let kept = match (&mut self.prefix, prefix::is_cut(self.exec.plan(), entry)) {
+            (_, false) => None,
+            (Some(prefix), true) => Some(prefix.rows(&mut self.exec, batch, drawn.as_deref())?),
+            (None, true) => {
+                return Err(TrainError::Plan(format!(
+                    "`{entry}` begins behind some layers, and nothing says how to keep what they give"
+                )));
+            }
         };
+        let Some(comparison) = self.comparison else {
+            let given = backprop::Given { batch, depths: drawn.as_deref(), prefix: kept };
+            return backprop::descent(&mut self.exec, self.dual, given, &self.loads, step);
+        };
+        if let Some(values) = kept {
+            self.exec.set_input(self.dual, PREFIX, values)?;
+        }
         self.choose(step)?;
         set_batch(&mut self.exec, self.dual, batch)?;
         if let Some(drawn) = drawn {

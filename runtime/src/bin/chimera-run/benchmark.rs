@@ -7,7 +7,7 @@ use crate::estimators::EstimatorName;
 use crate::hyper::HyperArgs;
 use crate::model::Model;
 use crate::options::Failure;
-use crate::paradigms::ParadigmArgs;
+use crate::paradigms::{FormName, ParadigmArgs};
 use crate::probes::ModeName;
 use crate::report::comparison::{Comparison, Subject};
 use crate::report::factors::{Factors, Paradigm};
@@ -125,6 +125,11 @@ fn runs(args: &Args, out: &Path, seconds: u64) -> Result<(Runs, Vec<Paradigm>, V
             }
             Err(e) => left.push(format!("not measured: {}", e.message)),
         }
+    }
+    let kept = ParadigmArgs { progressive_unfreeze: yes, prefix_cache: Some(FormName::F32), ..none() };
+    if kept.chosen(&hyper, &model).is_ok() {
+        all.push(run("prefix-cache", &args.hyper, kept));
+        put("prefix-cache", "prefix-cache", "progressive-unfreeze");
     }
     all.push(run("packing=false", &args.hyper, ParadigmArgs { packing: Some(false), ..none() }));
     put("packing", BASELINE, "packing=false");

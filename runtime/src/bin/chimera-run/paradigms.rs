@@ -8,9 +8,12 @@ use crate::model::{Model, Source};
 use crate::options::Failure;
 use crate::probes::{MaskName, ModeName};
 use chimera_frontends::config::{ModelConfig, ParamKind, parameters};
+use chimera_frontends::models::chimera;
 use chimera_ir::plan::{Entry, Place, Plan, Step, WeightKind};
 use chimera_runtime::text::{Batches, TextError, TokenStream};
 use chimera_runtime::train::paradigms::{Growth, MAX_THAWS, Stage, Stages, Thaw, reservoir, reservoir_names};
+use chimera_runtime::train::prefix::{Form, Keeping};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
@@ -20,6 +23,8 @@ const UNFREEZE_STAGES: u16 = 4;
 const RESERVOIR_RATIO: f64 = 0.5;
 /// Share of `--sparse-mezo` with a mask of a share.
 const SPARSITY: f64 = 0.01;
+/// Megabytes of `--prefix-cache`.
+const PREFIX_MEMORY: f64 = 256.0;
 /// Choices of entries in a run of `--sparse-mezo`.
 const REFRESHES: u64 = 10;
 
@@ -57,9 +62,26 @@ pub struct ParadigmArgs {
     /// Stages, of equal shares of the run (--progressive-unfreeze) [default: 4, at most one for each layer]
     #[arg(long, env = "CHIMERA_UNFREEZE_STAGES", value_name = "S", value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_THAWS)))]
     pub unfreeze_stages: Option<u16>,
-    /// Every paradigm that has a meaning for the run; others are named
+    /// Keep what layers that stay as they are give for rows of the data that come again: as it is (f32), or in a quarter of the memory and
+    /// not quite the same (int8); with --progressive-unfreeze or --only
+    #[arg(long, env = "CHIMERA_PREFIX_CACHE", num_args = 0..=1, default_missing_value = "f32", value_name = "f32|int8")]
+    pub prefix_cache: Option<FormName>,
+    /// Most megabytes of it (--prefix-cache) [default: 256]
+    #[arg(long, env = "CHIMERA_PREFIX_CACHE_MEMORY", value_name = "MB", value_parser = crate::hyper::positive)]
+    pub prefix_cache_memory: Option<f64>,
+    /// Every one of P1 to P7 that has a meaning for the run; others are named
     #[arg(long, env = "CHIMERA_ALL")]
     pub all: bool,
+}
+
+/// How `--prefix-cache` keeps values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FormName {
+    /// As they are
+    F32,
+    /// As codes of 8 bits with a scale for each 64
+    Int8,
 }
 
 /// The paradigms of a run.
@@ -76,6 +98,10 @@ pub struct Paradigms {
     pub packing: bool,
     /// Stages in which layers are unfrozen.
     pub unfreeze: Option<u16>,
+    /// How what frozen layers give is kept.
+    pub prefix: Option<FormName>,
+    /// Most megabytes of it.
+    pub prefix_memory: f64,
 }
 
 impl Default for Paradigms {
@@ -88,6 +114,8 @@ impl Default for Paradigms {
             fused_cache: false,
             packing: true,
             unfreeze: None,
+            prefix: None,
+            prefix_memory: PREFIX_MEMORY,
         }
     }
 }
@@ -180,8 +208,29 @@ impl ParadigmArgs {
         let thaw = wanted(self.progressive_unfreeze, "progressive-unfreeze", thaw_obstacle(config, stages))?;
         let unfreeze = thaw.then_some(stages);
         let packing = self.packing.unwrap_or(true);
-        let chosen = Paradigms { growlength, reservoir, sparse_mezo, pipeline, fused_cache, packing, unfreeze };
+        let (prefix, prefix_memory) = (self.prefix_cache, self.prefix_cache_memory.unwrap_or(PREFIX_MEMORY));
+        if prefix.is_none() && self.prefix_cache_memory.is_some() {
+            return refuse("prefix-cache-memory", "has no meaning without --prefix-cache; give both");
+        }
+        let chosen = Paradigms {
+            growlength,
+            reservoir,
+            sparse_mezo,
+            pipeline,
+            fused_cache,
+            packing,
+            unfreeze,
+            prefix,
+            prefix_memory,
+        };
         chosen.every_stage_trains(hyper, config)?;
+        let mut all = chosen.stages(hyper, config).all().into_iter();
+        if prefix.is_some() && !all.any(|stage| matches!(chosen.cut(hyper, config, stage), Ok(Some(_)))) {
+            return refuse(
+                "prefix-cache",
+                "needs layers that stay as they are; give it with --progressive-unfreeze, or with patterns of --only that leave out the embedding and the first layers",
+            );
+        }
         Ok((chosen, left))
     }
 
@@ -208,6 +257,8 @@ impl ParadigmArgs {
             || self.reservoir_ratio.is_some()
             || self.mezo_sparsity.is_some()
             || self.unfreeze_stages.is_some()
+            || self.prefix_cache.is_some()
+            || self.prefix_cache_memory.is_some()
     }
 
     /// Refuses what contradicts the paradigms of a run.
@@ -236,6 +287,13 @@ impl ParadigmArgs {
             }
         }
         let shown = |found: Option<String>| found.unwrap_or_else(|| "none".into());
+        let name = |form: FormName| form.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
+        if let Some(given) = self.prefix_cache.filter(|g| saved.prefix != Some(*g)) {
+            return differs("prefix-cache", name(given), shown(saved.prefix.map(name)));
+        }
+        if let Some(given) = self.prefix_cache_memory.filter(|g| saved.prefix_memory != *g) {
+            return differs("prefix-cache-memory", given.to_string(), saved.prefix_memory.to_string());
+        }
         if let Some(given) = self.reservoir_ratio.filter(|g| saved.reservoir != Some(*g)) {
             return differs("reservoir-ratio", given.to_string(), shown(saved.reservoir.map(|r| r.to_string())));
         }
@@ -379,6 +437,33 @@ impl Paradigms {
                 && thaw.is_none_or(|thaw| thaw.trains(stage.thaw, name))
         };
         Ok(Some(names().filter(trains).map(str::to_owned).collect()))
+    }
+
+    /// The layer in front of which nothing is trained in a stage, where what goes into it is kept.
+    ///
+    /// # Errors
+    /// A pattern of `--only` that matches nothing.
+    pub fn cut(&self, hyper: &Hyper, config: &ModelConfig, stage: Stage) -> Result<Option<usize>, Failure> {
+        let Some(trained) = self.trained(hyper, config, stage)?.filter(|_| self.prefix.is_some()) else {
+            return Ok(None);
+        };
+        let layer = |name: &String| match name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()) {
+            Some(layer) => layer.parse().unwrap_or(0),
+            None if name.starts_with("loop.") => config.looping.as_ref().map_or(0, |l| l.body[0]),
+            None if name == "norm.weight" => config.layers.len(),
+            None => 0,
+        };
+        let first = trained.iter().map(layer).min().unwrap_or(0);
+        Ok(Some(chimera::cut(config, first)).filter(|&cut| cut > 0))
+    }
+
+    /// How much of what frozen layers give is kept.
+    pub fn keeping(&self) -> Keeping {
+        let form = match self.prefix {
+            Some(FormName::Int8) => Form::Int8,
+            Some(FormName::F32) | None => Form::Exact,
+        };
+        Keeping { form, bytes: self.prefix.map_or(0, |_| (self.prefix_memory * f64::from(1 << 20)) as u64) }
     }
 
     fn every_stage_trains(&self, hyper: &Hyper, config: &ModelConfig) -> Result<(), Failure> {

@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows that one measurement takes at a time.
 const MEASURED_ROWS: usize = 16;
+/// Parts of a batch in which layers that stay as they are run.
+const PREFIX_PARTS: usize = 4;
 /// Exit code of a process that an interrupt ends: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
 
@@ -82,12 +84,17 @@ pub fn stage_plan(
     run: &RunOptions,
 ) -> Result<Plan, Failure> {
     let trainable = hyper.paradigms.trained(hyper, config, stage)?;
-    let mut entries = training_entries(config, &hyper.paradigms.at(hyper, config, stage));
+    let cut = hyper.paradigms.cut(hyper, config, stage)?;
+    let at = hyper.paradigms.at(hyper, config, stage);
+    let mut entries = training_entries(config, &at);
     // Measurements of all stages are those of one length.
     let measured = entries.iter_mut().filter(|e| e.kind == EntryKind::Loss);
     measured.for_each(|e| e.tokens = hyper.seq_len as usize);
+    // Rows that were not kept are fewer than a batch, as a rule.
+    let (rows, tokens) = ((at.batch as usize).div_ceil(PREFIX_PARTS), at.seq_len as usize);
+    entries.extend(cut.map(|_| EntrySpec { kind: EntryKind::Prefix, rows, tokens, depth: None }));
     entries.extend(further);
-    Ok(compile(config, &Options { entries, trainable, ..run.compile()? })?)
+    Ok(compile(config, &Options { entries, trainable, cut, ..run.compile()? })?)
 }
 
 /// Compiles the stages of a run as they come.
@@ -116,7 +123,8 @@ impl Planner {
             weights::read_scores(path, &mut exec)?;
         }
         let trainer = Trainer::new(exec, self.hyper.seed)?;
-        Ok(trainer.with_depths(depths(&self.config)).in_parts(self.hyper.accumulate as usize))
+        let trainer = trainer.with_depths(depths(&self.config)).in_parts(self.hyper.accumulate as usize);
+        Ok(trainer.with_prefix(self.hyper.paradigms.keeping())?)
     }
 }
 

@@ -202,6 +202,10 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
     reporter.finish();
     let progress = run.progress;
+    if let Some((found, all)) = trainer.found() {
+        let line = format!("{found} of {all} rows of frozen layers were found in memory");
+        reporter.note("prefix", progress.step, &line, json!({ "found": found, "rows": all }))?;
+    }
     args.exec.trace.finish(trainer.exec_mut())?;
     if let Err(e) = &outcome {
         // A full disk takes no more lines; what ended the run is said in any case.
@@ -493,7 +497,7 @@ fn introduction(
         hyper.batch,
         hyper.seq_len,
         trainer.exec().threads(),
-        trainer.exec().bytes() >> 20,
+        trainer.bytes() >> 20,
     )
 }
 
