@@ -10,6 +10,7 @@ mod call;
 mod compare;
 mod data;
 mod estimators;
+mod fused;
 mod generate;
 mod hyper;
 mod model;

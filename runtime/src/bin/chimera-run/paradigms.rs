@@ -9,7 +9,6 @@ use crate::options::Failure;
 use crate::probes::{MaskName, ModeName};
 use chimera_frontends::config::{ModelConfig, ParamKind, parameters};
 use chimera_frontends::models::chimera;
-use chimera_ir::plan::{Entry, Place, Plan, Step, WeightKind};
 use chimera_runtime::text::{Batches, TextError, TokenStream};
 use chimera_runtime::train::paradigms::{Growth, MAX_THAWS, Stage, Stages, Thaw, reservoir, reservoir_names};
 use chimera_runtime::train::prefix::{Form, Keeping};
@@ -510,39 +509,4 @@ impl Paradigms {
         }
         parts.join("; ")
     }
-}
-
-/// What `--fused-cache` shares in a plan: ternary weights whose codes `prepare` makes once in a step, and the bytes of what it makes.
-///
-/// # Errors
-/// A plan whose probes read latents, so that codes are not shared.
-pub fn shared_codes(plan: &Plan) -> Result<String, Failure> {
-    let first = plan.entry("dual_loss").or(plan.entry("backward"));
-    let ternary: Vec<&str> =
-        plan.weights.iter().filter(|w| w.kind == WeightKind::Ternary).map(|w| w.name.as_str()).collect();
-    let reads = first.map_or_else(HashSet::new, |e| touched(plan, e));
-    if let Some(name) = ternary.iter().find(|name| reads.contains(**name)) {
-        return Err(Failure::usage(format!(
-            "--fused-cache: the probes read the latents of `{name}`, expected codes that are packed once in a step; choose --mode additive or scales"
-        )));
-    }
-    Ok(format!(
-        "--fused-cache: the codes of {} ternary weights are packed once in a step for all probes, {} KB",
-        ternary.len(),
-        plan.persistent >> 10
-    ))
-}
-
-/// The names of the weights that an entry point touches.
-fn touched<'a>(plan: &'a Plan, entry: &Entry) -> HashSet<&'a str> {
-    let buffers = entry.steps.iter().flat_map(|step| match step {
-        Step::Run { args, .. } => args.clone(),
-        Step::Copy { from, to } => vec![*from, *to],
-        Step::LoopBegin { .. } | Step::LoopEnd { .. } => vec![],
-    });
-    let weight = |b| match plan.buffer(b).place {
-        Place::Weight(w) => plan.weights.get(w as usize).map(|w| w.name.as_str()),
-        _ => None,
-    };
-    buffers.filter_map(weight).collect()
 }

@@ -5,6 +5,7 @@
 
 use crate::benchmark;
 use crate::data::{DataArgs, Encoding};
+use crate::fused;
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
@@ -135,7 +136,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let stage = saved.as_ref().map_or(Stage::default(), |s| s.meta.progress.stage);
     let plan = plan_of(&model, &mut hyper, stage, args)?;
     if hyper.paradigms.fused_cache {
-        reporter.say(&paradigms::shared_codes(&plan)?);
+        reporter.say(&fused::shared_codes(&plan)?);
     }
     let fingerprint = fingerprint(&tokens);
     let Split { train, validation } = text::split(&tokens, hyper.val_fraction, vocab.end_of_document())?;
