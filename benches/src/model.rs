@@ -244,9 +244,9 @@ pub fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
 /// What runs entry points: a trainer where the plan can train.
 pub enum Session {
     /// Forward passes only.
-    Forward(Executable),
+    Forward(Box<Executable>),
     /// Whole steps.
-    Training(Trainer),
+    Training(Box<Trainer>),
 }
 
 impl Session {
@@ -310,12 +310,12 @@ fn cases(
     let differ = || format!("answers differ between {threads} and {other} threads");
     ensure!(got == answers(&mut again)?, differ());
     let session = match w.whole {
-        false => Session::Forward(exe),
+        false => Session::Forward(Box::new(exe)),
         true => {
             let mut trainer = Trainer::new(exe, SEED)?;
             let got = step_answers(&mut trainer, &input)?;
             ensure!(got == step_answers(&mut Trainer::new(again, SEED)?, &input)?, differ());
-            Session::Training(trainer)
+            Session::Training(Box::new(trainer))
         }
     };
     let session: Shared = Rc::new(RefCell::new(session));
@@ -340,7 +340,7 @@ fn cases(
     let (mut trainer, mut again) = (make(threads)?, make(other)?);
     ensure!(step_answers(&mut trainer, &input)? == step_answers(&mut again, &input)?, differ());
     rows.push(Row::plain(format!("memory.adamw.{name}"), trainer.exec().bytes() as f64 / MIB, "MiB", threads));
-    let session: Shared = Rc::new(RefCell::new(Session::Training(trainer)));
+    let session: Shared = Rc::new(RefCell::new(Session::Training(Box::new(trainer))));
     cases.push(whole_step(session, input, format!("train.adamw.{name}")));
     Ok(cases)
 }

@@ -113,7 +113,7 @@ fn case(w: &Workload, name: &str, estimator: &Estimator, setup: &Setup) -> Resul
         (ternary, flops) = (ternary + t, flops + f);
     }
     let scale = w.scale;
-    let session = Rc::new(RefCell::new(Session::Training(one)));
+    let session = Rc::new(RefCell::new(Session::Training(Box::new(one))));
     Ok(Case {
         floor: vec![(TERNARY, ternary * 1e-9), (FMA, flops * 1e-9)],
         peer: (name != PEER).then(|| format!("train.{PEER}.{scale}")),

@@ -159,6 +159,8 @@ fn combinations_without_a_meaning_are_refused() {
     let short = "train model.json --data lines.jsonl --batch 4 --seq-len 16 --growlength --steps 2 --out refused";
     let (code, text) = place.run(short, "1");
     assert!(code == Some(2) && text.contains("which cannot grow from 16"), "{code:?} {text}");
+    let (code, text) = place.train("--growlength --trace t.json --steps 2 --out refused", "1");
+    assert!(code == Some(2) && text.contains("--trace is about one plan"), "{code:?} {text}");
     assert!(!place.path("refused").exists(), "nothing is left behind");
     let (code, text) = place.train("--all --progressive-unfreeze=false --steps 2 --out run", "1");
     assert_eq!(code, Some(0), "{text}");
@@ -245,4 +247,58 @@ fn what_frozen_layers_give_is_kept_within_its_bound() {
     assert_eq!(place.train("--only layers.3.*,norm.weight --steps 6 --out same", "2").0, Some(0));
     let at = |folder: &str| place.tensors(&format!("{folder}/step-00000006.b158"));
     assert!(at("only") == at("same"), "also where --only leaves layers as they are");
+}
+
+#[test]
+fn kills_at_random_moments_of_stages_change_nothing() {
+    let place = Place::new();
+    let words = "train model.json --data lines.jsonl --batch 4 --seq-len 128 --val-every 0 --steps 240 --growlength \
+                 --progressive-unfreeze --prefix-cache --sparse-mezo --mezo-sparsity 0.3 --lr 1e-3 --save-every 25 --keep 1 -q";
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let train = |further: &[&str]| {
+        let mut command = place.command(&[&words, further].concat());
+        command.env("CHIMERA_CODE_CACHE", place.path("code")).stdout(std::process::Stdio::null());
+        command
+    };
+    assert!(train(&["--out", "whole", "--threads", "2"]).status().expect("it starts").success());
+    let mut random = u64::from(std::process::id()) | 1;
+    let mut killed = 0;
+    for round in 0..12 {
+        let threads = if round % 2 == 0 { "1" } else { "2" };
+        let mut child = train(&["--out", "parts", "--resume", "--threads", threads]).spawn().expect("it starts");
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(std::time::Duration::from_millis(random >> 54));
+        child.kill().expect("killed");
+        killed += usize::from(child.wait().expect("it ends").code().is_none());
+    }
+    assert!(killed > 3, "{killed} were killed");
+    assert!(train(&["--out", "parts", "--resume", "--threads", "2"]).status().expect("it starts").success());
+    let last = |folder: &str| place.tensors(&format!("{folder}/step-00000240.b158"));
+    assert!(last("whole") == last("parts"), "the bits of an undisturbed run");
+    assert_eq!(place.run("verify-run whole parts", "1").0, Some(0));
+}
+
+#[test]
+fn a_run_that_goes_back_across_stages_is_replayed() {
+    let place = Place::new();
+    // Steps so long that they lead away, from weights so large that it shows.
+    let words = "--progressive-unfreeze --steps 16 --save-every 3 --keep 30 --lr 1 --explosion 0.1 --set initializer_range=0.5 --out run";
+    let (code, text) = place.train(words, "2");
+    assert!(code == Some(0) && text.contains("back to the checkpoint of step 3"), "{text}");
+    assert!(text.matches("stage 2 of 4").count() > 1, "it went back across a change: {text}");
+    let standing = Standing::newest(&place.path("run")).expect("sound").expect("a run");
+    let step = standing.progress().step;
+    let (code, again) = place.run("replay run -o newest.b158", "1");
+    assert_eq!(code, Some(0), "{again}");
+    // All checkpoints but that of the beginning are gone: the journal leads through every stage.
+    for entry in fs::read_dir(place.path("run")).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
+        if name.starts_with("step-") && name != "step-00000000.b158" {
+            fs::remove_file(path).expect("removed");
+        }
+    }
+    let (code, again) = place.run(&format!("replay run --to {step} -o again.b158"), "2");
+    assert_eq!(code, Some(0), "{again}");
+    assert!(place.tensors("newest.b158") == place.tensors("again.b158"), "behind step {step}: {text}");
 }

@@ -124,7 +124,10 @@ impl Planner {
         }
         let trainer = Trainer::new(exec, self.hyper.seed)?;
         let trainer = trainer.with_depths(depths(&self.config)).in_parts(self.hyper.accumulate as usize);
-        Ok(trainer.with_prefix(self.hyper.paradigms.keeping())?)
+        let mut keeping = self.hyper.paradigms.keeping();
+        let left = options.max_bytes.saturating_sub(trainer.exec().bytes());
+        keeping.bytes = keeping.bytes.min(left);
+        Ok(trainer.with_prefix(keeping)?)
     }
 }
 

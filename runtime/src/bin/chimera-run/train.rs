@@ -133,6 +133,12 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         let left = paradigms::choose(&args.paradigms, &mut hyper, &model)?;
         left.iter().for_each(|line| reporter.say(line));
     }
+    let stages = hyper.paradigms.stages(&hyper, &model.config);
+    if args.exec.trace.trace.is_some() && stages != Stages::default() {
+        return Err(Failure::usage(
+            "--trace is about one plan, and the run has one for each stage; leave --growlength and --progressive-unfreeze out",
+        ));
+    }
     let stage = saved.as_ref().map_or(Stage::default(), |s| s.meta.progress.stage);
     let plan = plan_of(&model, &mut hyper, stage, args)?;
     if hyper.paradigms.fused_cache {
@@ -189,7 +195,6 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
         lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
     }
-    let stages = hyper.paradigms.stages(&hyper, &model.config);
     let options = run_options(args, &hyper, stages, folder, writing)?;
     let mut run = Run {
         trainer: &mut trainer,
