@@ -182,7 +182,7 @@ fn combinations_without_a_meaning_are_refused() {
 #[test]
 fn a_benchmark_measures_every_paradigm() {
     let place = Place::new();
-    let words = "train model.json --data lines.jsonl --batch 4 --seq-len 32 --val-tokens 64 --benchmark --seconds 1 --json -q --out all";
+    let words = "train model.json --data lines.jsonl --batch 4 --seq-len 32 --val-tokens 64 --benchmark --seconds 2 --turns 2 --json -q --out all";
     let mut command = place.command(&words.split(' ').collect::<Vec<_>>());
     let output = command.args(["--threads", "2"]).env("CHIMERA_CODE_CACHE", "off").output().expect("it starts");
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
@@ -211,6 +211,7 @@ fn a_benchmark_measures_every_paradigm() {
     }
     let page = fs::read_to_string(place.path("all/benchmark.html")).expect("a page");
     assert!(page.contains("<svg") && page.contains("progressive-unfreeze") && !page.contains("http:"));
+    assert!(value["runs"].as_array().expect("a list").iter().all(|r| r["outcome"] == "finished"), "{value}");
     let report = place.command(&["report", "all/growlength"]).output().expect("it starts");
     assert!(report.status.success(), "each run is one of train");
     for (words, part) in [("--steps 3", "--seconds"), ("--growlength", "name none of them"), ("--resume", "fresh runs")]

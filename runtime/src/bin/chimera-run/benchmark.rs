@@ -57,7 +57,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             train::refuse_run(folder, "choose another folder by --out")?;
         }
     }
-    let (contenders, failure) = compare::race(runs, seconds, &interrupt, &reporter)?;
+    let (contenders, failure) =
+        compare::race(runs, seconds, u32::from(args.turns.unwrap_or(1)), &interrupt, &reporter)?;
     let seed = args.hyper.fresh().seed;
     let runs = Comparison { subject: Subject::Paradigms, contenders, seconds, seed };
     if !runs.contenders.is_empty() {

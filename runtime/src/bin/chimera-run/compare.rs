@@ -19,7 +19,7 @@ use chimera_runtime::train::{Measure, Outcome, history};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The name of the page in the folder.
 const PAGE: &str = "compare.html";
@@ -92,7 +92,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let reporter = Reporter::new(None, false, args.quiet);
     let (seconds, seed) = (args.duration(), args.hyper.fresh().seed);
     let names = args.estimators.iter().map(|name| name.text());
-    let (contenders, failure) = race(names.zip(runs).collect(), seconds, &interrupt, &reporter)?;
+    let (contenders, failure) = race(names.zip(runs).collect(), seconds, 1, &interrupt, &reporter)?;
     let all = Comparison { subject: Subject::Estimators, contenders, seconds, seed };
     if !all.contenders.is_empty() {
         show(args, &all, &reporter)?;
@@ -100,45 +100,78 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     failure.map_or(Ok(()), Err)
 }
 
-/// Trains one run behind the other, each of so many seconds, until one is interrupted. Returned are those that did a step, and the first
-/// failure. Every run has a folder.
+/// Trains each run for so many seconds: in so many turns of equal time, all runs in each turn one behind the other, until one is
+/// interrupted. Returned are those that did a step, and the first failure. Every run has a folder.
 ///
 /// # Errors
 /// Records that cannot be read.
 pub fn race(
     runs: Vec<(String, train::Args)>,
     seconds: u64,
+    turns: u32,
     interrupt: &Interrupt,
     reporter: &Reporter,
 ) -> Result<(Vec<Contender>, Option<Failure>), Failure> {
-    let (mut contenders, mut failure, count) = (vec![], None, runs.len());
-    for (i, (name, run)) in runs.into_iter().enumerate() {
-        reporter.say(&format!("{} of {count}: {name} for {seconds} s", i + 1));
-        let ending = match train::train(&run, interrupt) {
-            Ok((Outcome::Finished, _)) => Ending::Finished,
-            Ok((Outcome::Stopped, _)) => Ending::Stopped,
-            Err(f) => {
-                let ending = Ending::Failed(f.message.clone());
-                failure.get_or_insert(f);
-                ending
+    let (mut failure, count, mut endings) = (None, runs.len(), vec![None; runs.len()]);
+    'turns: for turn in 1..=turns {
+        for (i, (name, run)) in runs.iter().enumerate() {
+            if turn > 1 && endings[i] != Some(Ending::Stopped) {
+                continue;
             }
-        };
-        let folder = run.out.clone().unwrap_or_default();
+            let (place, share) = (i + 1, seconds as f64 / f64::from(turns));
+            match turns {
+                1 => reporter.say(&format!("{place} of {count}: {name} for {seconds} s")),
+                _ => reporter.say(&format!("turn {turn} of {turns}, {place} of {count}: {name} for {share:.1} s")),
+            }
+            // The last turn ends with the time of the run, which its records know better than a clock here.
+            let until = Instant::now() + Duration::from_secs_f64(share);
+            let stop = if turn == turns { interrupt.clone() } else { interrupt.or_at(until) };
+            let outcome = match turn {
+                1 => train::train(run, &stop),
+                _ => train::train(&continued(run), &stop),
+            };
+            let ending = match outcome {
+                Ok((Outcome::Finished, _)) => Ending::Finished,
+                Ok((Outcome::Stopped, _)) => Ending::Stopped,
+                Err(f) => {
+                    let ending = Ending::Failed(f.message.clone());
+                    failure.get_or_insert(f);
+                    ending
+                }
+            };
+            let begun = !history::lines(&run.out.clone().unwrap_or_default(), Log::NAME)?.is_empty();
+            if let (true, Ending::Failed(why)) = (begun, &ending) {
+                reporter.say(&format!("{name}: {why}"));
+            }
+            // A loss that explodes says something of its run; what fails before the first step fails for all of them.
+            let fatal = matches!(ending, Ending::Failed(_)) && !begun;
+            endings[i] = Some(ending);
+            if fatal || interrupt.requested() {
+                break 'turns;
+            }
+        }
+    }
+    let mut contenders = vec![];
+    for ((name, run), ending) in runs.into_iter().zip(endings) {
+        let folder = run.out.unwrap_or_default();
         let (steps, events) = (history::lines(&folder, Log::NAME)?, history::lines(&folder, history::NAME)?);
-        let begun = !steps.is_empty();
-        // A loss that explodes says something of its run; what fails before the first step fails for all of them.
-        let over = ending == Ending::Stopped || (ending != Ending::Finished && !begun);
-        if let (true, Ending::Failed(why)) = (begun, &ending) {
-            reporter.say(&format!("{name}: {why}"));
-        }
-        if begun {
+        if let Some(ending) = ending.filter(|_| !steps.is_empty()) {
             contenders.push(Contender { name, folder, steps, events, ending });
-        }
-        if over || interrupt.requested() {
-            break;
         }
     }
     Ok((contenders, failure))
+}
+
+/// The options by which a run goes on.
+fn continued(run: &train::Args) -> train::Args {
+    let model = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
+    train::Args {
+        model,
+        hyper: HyperArgs::default(),
+        paradigms: ParadigmArgs::default(),
+        resume: Some("auto".into()),
+        ..run.clone()
+    }
 }
 
 /// Refuses what has no meaning in a comparison.
@@ -201,6 +234,7 @@ impl Args {
             watch: self.watch.clone(),
             exec: self.exec.clone(),
             benchmark: false,
+            turns: None,
             json: false,
             quiet: self.quiet,
         }

@@ -14,6 +14,7 @@ use chimera_runtime::train::{Depths, TrainError, Trainer};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// Rows that one measurement takes at a time.
 const MEASURED_ROWS: usize = 16;
@@ -22,9 +23,12 @@ const PREFIX_PARTS: usize = 4;
 /// Exit code of a process that an interrupt ends: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
 
-/// A flag that the first interrupt sets.
+/// A flag that the first interrupt sets, or a moment.
 #[derive(Clone, Debug)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt {
+    flag: Arc<AtomicBool>,
+    deadline: Option<Instant>,
+}
 
 impl Interrupt {
     /// From here on, the first SIGINT or SIGTERM sets the flag and the second ends the process.
@@ -39,12 +43,17 @@ impl Interrupt {
             signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED, flag.clone()).map_err(fail)?;
             signal_hook::flag::register(signal, flag.clone()).map_err(fail)?;
         }
-        Ok(Interrupt(flag))
+        Ok(Interrupt { flag, deadline: None })
     }
 
-    /// Whether the first interrupt came.
+    /// The same, and from `deadline` on as if an interrupt had come.
+    pub fn or_at(&self, deadline: Instant) -> Interrupt {
+        Interrupt { deadline: Some(deadline), ..self.clone() }
+    }
+
+    /// Whether the first interrupt came, or the moment.
     pub fn requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.flag.load(Ordering::Relaxed) || self.deadline.is_some_and(|at| Instant::now() >= at)
     }
 }
 

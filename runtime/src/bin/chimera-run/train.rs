@@ -82,6 +82,10 @@ pub struct Args {
     /// Train without paradigms and with each of them, --seconds each [default: 60], and print what each of them is worth
     #[arg(long, env = "CHIMERA_BENCHMARK")]
     pub benchmark: bool,
+    /// Turns in which the time of each run is spent, so that a machine which others use too is fast and slow for all of them (--benchmark)
+    /// [default: 1]
+    #[arg(long, requires = "benchmark", env = "CHIMERA_TURNS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub turns: Option<u16>,
     /// Print one line of JSON for each step on stdout
     #[arg(long, env = "CHIMERA_JSON")]
     pub json: bool,
