@@ -164,7 +164,11 @@ fn combinations_without_a_meaning_are_refused() {
     assert!(!place.path("refused").exists(), "nothing is left behind");
     let (code, text) = place.train("--all --progressive-unfreeze=false --steps 2 --out run", "1");
     assert_eq!(code, Some(0), "{text}");
-    assert!(text.contains("--all leaves out --sparse-mezo") && text.contains("codes of"), "{text}");
+    let taken = "--all takes growlength, reservoir, pipeline, fused-cache, packing; what";
+    assert!(
+        text.contains("--all leaves out --sparse-mezo") && text.contains("codes of") && text.contains(taken),
+        "{text}"
+    );
     for (words, part) in [
         ("--progressive-unfreeze", "--progressive-unfreeze is true, but the run was started with false"),
         ("--reservoir-ratio 0.25", "--reservoir-ratio is 0.25, but the run was started with 0.5"),

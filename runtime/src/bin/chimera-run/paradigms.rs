@@ -331,8 +331,14 @@ pub fn choose(args: &ParadigmArgs, hyper: &mut Hyper, model: &Model) -> Result<V
         }
         _ => {}
     }
+    let all = args.all.then(|| {
+        format!(
+            "--all takes {}; what each of them is worth here is measured by train --benchmark",
+            chosen.names().join(", ")
+        )
+    });
     hyper.paradigms = chosen;
-    Ok(left)
+    Ok(all.into_iter().chain(left).collect())
 }
 
 fn growth_of(hyper: &Hyper) -> Growth {
@@ -383,6 +389,20 @@ fn thaw_obstacle(config: &ModelConfig, stages: u16) -> Option<String> {
 }
 
 impl Paradigms {
+    /// The names of those that a run has.
+    fn names(&self) -> Vec<&'static str> {
+        let all = [
+            ("growlength", self.growlength),
+            ("reservoir", self.reservoir.is_some()),
+            ("sparse-mezo", self.sparse_mezo),
+            ("pipeline", self.pipeline),
+            ("fused-cache", self.fused_cache),
+            ("packing", self.packing),
+            ("progressive-unfreeze", self.unfreeze.is_some()),
+        ];
+        all.into_iter().filter(|(_, has)| *has).map(|(name, _)| name).collect()
+    }
+
     /// The schedules of a run.
     pub fn stages(&self, hyper: &Hyper, config: &ModelConfig) -> Stages {
         let looped = config.looping.as_ref().map(|l| l.body[0]);
