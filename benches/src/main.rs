@@ -1,5 +1,5 @@
-//! `chimera-benches kernels|model|startup`: measures this machine, the generated kernels, the entry points of plans and the start of a
-//! model, and checks answers.
+//! `chimera-benches kernels|model|startup|train|paradigms`: measures this machine, the generated kernels, the entry points of plans, the
+//! start of a model, training steps and what paradigms of training are worth, and checks answers.
 //!
 //! A wrong answer ends the run with an error; there is no figure without a check.
 
@@ -12,6 +12,7 @@ mod machine;
 mod measure;
 mod model;
 mod outside;
+mod paradigms;
 mod peaks;
 mod peers;
 mod profile;
@@ -20,6 +21,7 @@ mod single;
 mod stack;
 mod startup;
 mod subject;
+mod train;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -76,6 +78,10 @@ enum Suite {
     Model,
     /// Start of the largest model: machine code, and the first token from a file that is not in memory
     Startup,
+    /// Whole training steps by each estimator
+    Train,
+    /// Paradigms of training against runs without them, by `chimera-run train --benchmark`
+    Paradigms,
 }
 
 /// Lines of progress come no faster than this where stderr is no terminal.
@@ -119,6 +125,8 @@ fn main() -> Result<()> {
         Suite::Kernels => ("kernels", kernels::run(&setup, args.quick, &mut show)?),
         Suite::Model => ("model", model::run(&setup, args.quick, &mut show)?),
         Suite::Startup => ("startup", startup::run(&setup, args.quick, &mut show)?),
+        Suite::Train => ("train", train::run(&setup, args.quick, &mut show)?),
+        Suite::Paradigms => ("paradigms", paradigms::run(&setup, args.quick, &mut show)?),
     };
     if let Some(python) = &args.peers {
         outside::add(&mut rows, name, python, &setup, args.quick, &mut show)?;

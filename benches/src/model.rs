@@ -26,14 +26,15 @@ use crate::stack;
 
 /// A model and the shapes of its entry points.
 #[derive(Clone, Copy, Debug)]
-struct Workload {
-    scale: Scale,
+pub struct Workload {
+    /// The model.
+    pub scale: Scale,
     /// Sequences of a batch.
-    rows: usize,
+    pub rows: usize,
     /// Tokens of a sequence, and of a chunk of a prompt.
-    tokens: usize,
+    pub tokens: usize,
     /// Whether all entry points are measured, or the dual forward alone.
-    whole: bool,
+    pub whole: bool,
 }
 
 const WORKLOADS: [Workload; 3] = [
@@ -43,11 +44,12 @@ const WORKLOADS: [Workload; 3] = [
 ];
 
 /// Tokens of the vocabulary.
-const VOCAB: usize = 8192;
+pub const VOCAB: usize = 8192;
 /// The entry point with all probes.
 const DUAL: &str = "dual_loss";
 
-const SEED: u64 = 1;
+/// Seed of weights and probes.
+pub const SEED: u64 = 1;
 /// Small, so that the weights stay those of a model that has just begun.
 const LR: f64 = 1e-6;
 /// Tokens that are decoded when answers are compared.
@@ -134,15 +136,15 @@ fn plan_of(w: &Workload, single: Option<Single>, setup: &Setup, times: usize, ro
 }
 
 /// Tokens without structure, in one document a row.
-fn batch(w: &Workload) -> Batch {
+pub fn batch(w: &Workload) -> Batch {
     let (rows, seq) = (w.rows, w.tokens);
     let token = |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % VOCAB;
     let all = |shift: usize| (0..rows * seq).map(|i| token(i + shift) as i32).collect();
-    Batch { batch: rows, seq, tokens: all(0), labels: all(1), seg: vec![0; rows * seq], reference: vec![] }
+    Batch { batch: rows, seq, tokens: all(0), labels: all(1), seg: vec![0; rows * seq], reference: vec![], padding: 0 }
 }
 
 /// An executable with initial weights and inputs.
-fn executable(plan: &Plan, batch: &Batch, options: &ExecOptions) -> Result<Executable> {
+pub fn executable(plan: &Plan, batch: &Batch, options: &ExecOptions) -> Result<Executable> {
     let mut exe = Executable::new(plan.clone(), options)?;
     init::initialise(&mut exe, SEED)?;
     for entry in plan.entries.iter().filter(|e| e.name != "update") {
@@ -202,7 +204,7 @@ fn answers(exe: &mut Executable) -> Result<Vec<u32>> {
 }
 
 /// The losses of one step and the weights behind it, as bits.
-fn step_answers(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<u32>> {
+pub fn step_answers(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<u32>> {
     let probed = trainer.step(batch, 0, LR)?;
     let mut out: Vec<u32> = probed.plus.iter().chain(&probed.minus).map(|&x| (x as f32).to_bits()).collect();
     for weight in &trainer.exec().plan().weights {
@@ -230,7 +232,7 @@ pub fn alone(scale: Scale, single: Single, setup: &Setup, progress: &mut dyn FnM
 
 /// Ternary multiply-accumulates and float operations of one run of an entry point: of the steps that were executed, as often as they
 /// were.
-fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
+pub fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
     exe.prepare()?;
     exe.start_trace(0);
     exe.run(entry)?;
@@ -240,9 +242,11 @@ fn work(exe: &mut Executable, entry: &str) -> Result<[f64; 2]> {
 }
 
 /// What runs entry points: a trainer where the plan can train.
-enum Session {
-    Forward(Executable),
-    Training(Trainer),
+pub enum Session {
+    /// Forward passes only.
+    Forward(Box<Executable>),
+    /// Whole steps.
+    Training(Box<Trainer>),
 }
 
 impl Session {
@@ -254,7 +258,7 @@ impl Session {
     }
 }
 
-type Shared = Rc<RefCell<Session>>;
+pub type Shared = Rc<RefCell<Session>>;
 
 /// A case that runs one entry point, from fresh states and current packed weights.
 fn case(session: &Shared, entry: &'static str, id: String, unit: &'static str, amount: f64) -> Result<Case> {
@@ -306,12 +310,12 @@ fn cases(
     let differ = || format!("answers differ between {threads} and {other} threads");
     ensure!(got == answers(&mut again)?, differ());
     let session = match w.whole {
-        false => Session::Forward(exe),
+        false => Session::Forward(Box::new(exe)),
         true => {
             let mut trainer = Trainer::new(exe, SEED)?;
             let got = step_answers(&mut trainer, &input)?;
             ensure!(got == step_answers(&mut Trainer::new(again, SEED)?, &input)?, differ());
-            Session::Training(trainer)
+            Session::Training(Box::new(trainer))
         }
     };
     let session: Shared = Rc::new(RefCell::new(session));
@@ -336,13 +340,13 @@ fn cases(
     let (mut trainer, mut again) = (make(threads)?, make(other)?);
     ensure!(step_answers(&mut trainer, &input)? == step_answers(&mut again, &input)?, differ());
     rows.push(Row::plain(format!("memory.adamw.{name}"), trainer.exec().bytes() as f64 / MIB, "MiB", threads));
-    let session: Shared = Rc::new(RefCell::new(Session::Training(trainer)));
+    let session: Shared = Rc::new(RefCell::new(Session::Training(Box::new(trainer))));
     cases.push(whole_step(session, input, format!("train.adamw.{name}")));
     Ok(cases)
 }
 
 /// A case that takes whole steps.
-fn whole_step(session: Shared, input: Batch, id: String) -> Case {
+pub fn whole_step(session: Shared, input: Batch, id: String) -> Case {
     let (mut step, work) = (0, (input.batch * input.seq) as f64);
     let run = move || {
         step += 1;

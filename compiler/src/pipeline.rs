@@ -9,7 +9,7 @@ use std::{
 use chimera_frontends::{
     config::{ModelConfig, ParamKind, WeightScale, parameters},
     layers::{Depth, Form, Shape},
-    models::chimera::{self, Head},
+    models::chimera::{self, Head, Part},
 };
 use chimera_ir::{
     Graph,
@@ -57,6 +57,8 @@ pub enum EntryKind {
     Descend(Descent),
     /// `mask`: the choice of what a scheme probes, where it keeps one.
     Mask(Scheme),
+    /// `prefix`: what goes into the layer of [`Options::cut`].
+    Prefix,
 }
 
 impl EntryKind {
@@ -72,6 +74,7 @@ impl EntryKind {
             EntryKind::DualLoss(_) => "dual_loss",
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
             EntryKind::Mask(_) => "mask",
+            EntryKind::Prefix => "prefix",
         }
     }
 }
@@ -102,7 +105,7 @@ impl fmt::Display for EntrySpec {
         match &self.kind {
             EntryKind::Loss | EntryKind::Grad => Ok(()),
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
-            EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
+            EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
             EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) => write!(f, " {scheme:?}"),
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
@@ -137,6 +140,9 @@ pub struct Options {
     pub carried: bool,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
+    /// The layer in front of which [`EntryKind::DualLoss`] and [`EntryKind::Backward`] begin: they take what goes into it, which
+    /// [`EntryKind::Prefix`] gives, as an input `prefix`. No weight in front of it may be trainable; nothing for whole models.
+    pub cut: Option<usize>,
     /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
     /// of their stack. Forward passes only.
     pub packed: HashSet<String>,
@@ -174,6 +180,7 @@ impl Default for Options {
             objective: Objective::Tokens,
             carried: false,
             trainable: None,
+            cut: None,
             packed: HashSet::new(),
             stop_after: None,
             dump: None,
@@ -241,6 +248,18 @@ pub fn compile_observed(
     if let Some(stage) = options.stop_after.as_ref().filter(|s| !STAGES.contains(&s.as_str())) {
         return Err(CompileError::Option(format!("no stage is called {stage}; there are {}", STAGES.join(", "))));
     }
+    if let Some(layer) = options.cut.filter(|&layer| chimera::cut(cfg, layer) != layer || layer == 0) {
+        return Err(CompileError::Option(format!(
+            "a cut in front of layer {layer} lies inside the loop or behind nothing; cut in front of layer {}",
+            chimera::cut(cfg, layer).max(1)
+        )));
+    }
+    if options.cut.is_some() && (options.carried || options.objective != Objective::Tokens) {
+        return Err(CompileError::Option(
+            "a cut is for losses of text that carry no states; leave the cut out, or the objective and the states"
+                .into(),
+        ));
+    }
     let mut kinds = weight_kinds(cfg);
     for suffix in [CODES, SCALES] {
         kinds.extend(options.packed.iter().map(|name| (format!("{name}{suffix}"), WeightKind::Packed)));
@@ -254,7 +273,7 @@ pub fn compile_observed(
             EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
                 Some("changes")
             }
-            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => None,
+            EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => None,
         };
         if let Some(verb) = verb.filter(|_| !options.packed.is_empty()) {
             return Err(CompileError::Option(format!(
@@ -283,12 +302,27 @@ pub fn compile_observed(
             g.rename_states(&|state| format!("{name}{OWN}{state}"));
             Ok(g)
         };
+        let part = |part| {
+            let shape = shape(cfg, spec, Form::Chunked, false);
+            chimera::part_graph(cfg, shape, Head::Loss, part).map_err(fail("build"))
+        };
+        let rest = || match options.cut {
+            None => build_loss(),
+            Some(layer) => part(Part::From(layer)),
+        };
+        let unrolled = |g: &Graph| {
+            let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
+            grad::unroll(g, half).map_err(fail("build"))
+        };
         let g = match &spec.kind {
-            EntryKind::Loss | EntryKind::DualLoss(_) => build_loss()?,
-            EntryKind::Grad | EntryKind::Backward { .. } => {
-                let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
-                grad::unroll(&build_loss()?, half).map_err(fail("build"))?
-            }
+            EntryKind::Loss => build_loss()?,
+            EntryKind::DualLoss(_) => rest()?,
+            EntryKind::Prefix => match options.cut {
+                Some(layer) => part(Part::To(layer))?,
+                None => return Err(CompileError::Option(format!("entry point {name} needs a cut"))),
+            },
+            EntryKind::Grad => unrolled(&build_loss()?)?,
+            EntryKind::Backward { .. } => unrolled(&rest()?)?,
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
             EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
@@ -326,7 +360,7 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. }) if l.stochastic => {
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. } | EntryKind::Prefix) if l.stochastic => {
             Depth::PerRow { max: l.range[1], adaptive: false }
         }
         (Some(l), _) => Depth::Fixed(l.default),
@@ -389,9 +423,11 @@ fn stages(
     options: &Options,
     observer: &mut Observer<'_>,
 ) -> Result<Plan, CompileError> {
+    // Selection biases are moved by loads, never along an estimate.
+    let estimated = |name: &String| kinds.get(name) != Some(&WeightKind::Buffer);
     let trainable: HashSet<String> = match &options.trainable {
-        Some(set) => set.clone(),
-        None => kinds.iter().filter(|(_, k)| **k != WeightKind::Buffer).map(|(n, _)| n.clone()).collect(),
+        Some(set) => set.iter().filter(|n| estimated(n)).cloned().collect(),
+        None => kinds.keys().filter(|n| estimated(n)).cloned().collect(),
     };
     let budget = Budget(options.max_rewrites);
     let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };

@@ -16,15 +16,33 @@ pub fn available_threads() -> usize {
     [affinity_count(), quota].into_iter().flatten().fold(std, usize::min).max(1)
 }
 
-#[cfg(target_os = "linux")]
 fn affinity_count() -> Option<usize> {
-    let set = rustix::thread::sched_getaffinity(None).ok()?;
-    Some(set.count() as usize).filter(|&count| count > 0)
+    Some(cores().len()).filter(|&count| count > 0)
+}
+
+/// The cores that this thread may run on, ascending; none where the system does not say.
+#[cfg(target_os = "linux")]
+pub(crate) fn cores() -> Vec<usize> {
+    let set = rustix::thread::sched_getaffinity(None);
+    set.map_or(vec![], |set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|&core| set.is_set(core)).collect())
 }
 
 #[cfg(not(target_os = "linux"))]
-fn affinity_count() -> Option<usize> {
-    None
+pub(crate) fn cores() -> Vec<usize> {
+    vec![]
+}
+
+/// Keeps this thread on a core, where the system has such a call.
+pub(crate) fn stay_on(core: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(core);
+        // A refusal leaves the thread where it may run already, which is slower at worst.
+        let _ = rustix::thread::sched_setaffinity(None, &set);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = core;
 }
 
 fn read_text(path: &Path) -> Option<String> {

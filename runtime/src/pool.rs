@@ -3,7 +3,7 @@
 //! Invariant: `run` returns only after every worker has left the region, so a region may borrow from its caller. Regions
 //! of one pool never overlap and never nest, and in steady state nothing is allocated.
 
-use crate::affinity::available_threads;
+use crate::affinity::{available_threads, cores, stay_on};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
@@ -49,10 +49,21 @@ impl Pool {
     /// When the system refuses to start a thread.
     pub fn new(threads: usize) -> io::Result<Pool> {
         let spin = if threads <= 1 || threads > available_threads() { 0 } else { spin_budget() };
-        Pool::with_spin(threads, spin)
+        Pool::with_spin(threads, spin, &[])
     }
 
-    fn with_spin(threads: usize, spin: u32) -> io::Result<Pool> {
+    /// As [`Pool::new`], where each thread stays on a core of its own, and leaves the first core to the caller of [`Pool::run`], which is
+    /// not bound. Where there are fewer cores than threads, or the system has no such call, threads run where they may.
+    ///
+    /// # Errors
+    /// When the system refuses to start a thread.
+    pub fn pinned(threads: usize) -> io::Result<Pool> {
+        let spin = if threads <= 1 || threads > available_threads() { 0 } else { spin_budget() };
+        let cores = cores();
+        Pool::with_spin(threads, spin, if cores.len() < threads { &[] } else { &cores })
+    }
+
+    fn with_spin(threads: usize, spin: u32, cores: &[usize]) -> io::Result<Pool> {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
             threads,
@@ -69,8 +80,13 @@ impl Pool {
         let mut pool = Pool { shared, workers: Vec::with_capacity(threads - 1), turn: Mutex::new(()) };
         for worker in 1..threads {
             let shared = Arc::clone(&pool.shared);
-            let started =
-                thread::Builder::new().name(format!("chimera-worker-{worker}")).spawn(move || work(&shared, worker));
+            let core = cores.get(worker).copied();
+            let started = thread::Builder::new().name(format!("chimera-worker-{worker}")).spawn(move || {
+                if let Some(core) = core {
+                    stay_on(core);
+                }
+                work(&shared, worker);
+            });
             // On failure the pool is dropped here, which joins the threads that did start.
             pool.workers.push(started.map_err(|error| {
                 let reason = format!("cannot start thread {} of {threads}: {error}; ask for fewer threads", worker + 1);
@@ -294,7 +310,7 @@ mod tests {
 
     /// Pools that spin for long, briefly and never, so that every way of waiting is taken.
     fn pools(threads: usize) -> [Pool; 3] {
-        [2000, 3, 0].map(|spin| Pool::with_spin(threads, spin).expect("threads start"))
+        [2000, 3, 0].map(|spin| Pool::with_spin(threads, spin, &[]).expect("threads start"))
     }
 
     fn message(payload: &Payload) -> &str {
@@ -421,6 +437,21 @@ mod tests {
                 assert!(shared.upgrade().is_none(), "a worker still holds the shared state");
             }
             drop(pools(threads));
+        }
+    }
+
+    #[test]
+    fn threads_of_a_pinned_pool_stay_on_cores_of_their_own() {
+        let all = cores();
+        for threads in [1, 2, all.len() + 1] {
+            let pool = Pool::pinned(threads).expect("threads start");
+            let places: Vec<_> = (0..threads).map(|_| Mutex::new(vec![])).collect();
+            pool.run(&|worker, _| *lock(&places[worker]) = cores());
+            let bound = threads <= all.len();
+            for (worker, place) in places.iter().enumerate() {
+                let own = if bound && worker > 0 { vec![all[worker]] } else { all.clone() };
+                assert_eq!(*lock(place), own, "worker {worker} of {threads}");
+            }
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use chimera_compiler::{EntryKind, EntrySpec, Family, Mode, Options, PerSequence, Scheme, Shared, compile};
 use chimera_frontends::config::{ModelConfig, Overrides, ParamKind, Scale, parameters, preset};
+use chimera_frontends::models::chimera;
 use chimera_ir::ops::Distribution;
 use chimera_runtime::{
     exec::{ExecOptions, Executable},
@@ -180,4 +181,65 @@ fn one_thread_and_two_give_the_same_bits_for_every_scheme() {
         assert_ne!(one[0], one[ROWS], "the two signs differ");
         assert_eq!(bits(&one), bits(&losses(2)), "{scheme:?}");
     }
+}
+
+/// The layer of a weight; the embedding is in front of all, the final norm behind.
+fn layer_of(cfg: &ModelConfig, name: &str) -> usize {
+    let looped = cfg.looping.as_ref().map_or(0, |l| l.body[0]);
+    match name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()) {
+        Some(layer) => layer.parse().expect("a number"),
+        None if name.starts_with("loop.") => looped,
+        None if name == "norm.weight" => cfg.layers.len(),
+        None => 0,
+    }
+}
+
+#[test]
+fn a_cut_model_gives_the_losses_of_the_whole() {
+    let cfg = model(Scale::Test, &[]);
+    let layers = cfg.layers.len();
+    let scheme = Scheme::PerSequence(PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 });
+    let dual = EntryKind::DualLoss(scheme);
+    let data = batch(&cfg);
+    let (mut cuts, mut refused) = (0, 0);
+    for cut in 0..=layers {
+        let trainable = names(&cfg, |name, kind| kind != ParamKind::Buffer && layer_of(&cfg, name) >= cut);
+        let spec = |kind, rows| EntrySpec { kind, rows, tokens: TOKENS, depth: None };
+        let entries = vec![spec(dual.clone(), ROWS), spec(EntryKind::Prefix, 1)];
+        let trained = Some(trainable.clone());
+        let made = compile(&cfg, &Options { entries, trainable: trained, cut: Some(cut), ..Options::default() });
+        if cut == 0 || chimera::cut(&cfg, cut) != cut {
+            let error = made.expect_err("inside the loop, or in front of all").to_string();
+            assert!(error.contains(&format!("cut in front of layer {}", chimera::cut(&cfg, cut).max(1))), "{error}");
+            refused += 1;
+            continue;
+        }
+        let mut exec = Executable::new(made.expect("a plan"), &ExecOptions::default()).expect("the plan runs");
+        init::initialise(&mut exec, 5).expect("weights are initialised");
+        let mut before: Vec<f32> = vec![];
+        for row in 0..ROWS {
+            for (name, values) in [("tokens", &data[0]), ("seg", &data[2])] {
+                exec.set_input("prefix", name, &values[row * TOKENS..][..TOKENS]).expect("the input fits");
+            }
+            if exec.plan().entry("prefix").is_some_and(|e| e.inputs.iter().any(|i| i.0 == "depth")) {
+                exec.set_input("prefix", "depth", &[2]).expect("a depth");
+            }
+            exec.run("prefix").expect("the prefix runs");
+            before.extend(exec.output::<f32>("prefix", "prefix").expect("an output"));
+        }
+        exec.set_input("dual_loss", "prefix", &before).expect("the input fits");
+        let depths = |exec: &mut Executable| {
+            if exec.plan().entry("dual_loss").is_some_and(|e| e.inputs.iter().any(|i| i.0 == "depth")) {
+                exec.set_input("dual_loss", "depth", &[2; ROWS]).expect("depths");
+            }
+        };
+        depths(&mut exec);
+        let mut whole = executable(&cfg, dual.clone(), ROWS, &trainable, 2);
+        depths(&mut whole);
+        assert_eq!(bits(&dual_losses(&mut exec, &data)), bits(&dual_losses(&mut whole, &data)), "cut {cut}");
+        cuts += 1;
+    }
+    assert!(cuts > 2 && refused > 1, "{cuts} cuts, {refused} refused");
+    let entries = vec![EntrySpec { kind: EntryKind::Prefix, rows: 1, tokens: TOKENS, depth: None }];
+    assert!(compile(&cfg, &Options { entries, ..Options::default() }).is_err(), "a prefix of nothing");
 }

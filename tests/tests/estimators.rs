@@ -54,7 +54,7 @@ fn trainer(cfg: &ModelConfig, shared: &Shared, rule: &UpdateRule) -> Trainer {
 fn batch(cfg: &ModelConfig) -> Batch {
     let n = ROWS * TOKENS;
     let at = |k: usize| (0..n).map(|i| ((i * 37 + k * 11) % cfg.vocab_size) as i32).collect();
-    Batch { batch: ROWS, seq: TOKENS, tokens: at(1), labels: at(2), seg: vec![0; n], reference: vec![] }
+    Batch { batch: ROWS, seq: TOKENS, tokens: at(1), labels: at(2), seg: vec![0; n], reference: vec![], padding: 0 }
 }
 
 fn weights(trainer: &Trainer) -> HashMap<&'static str, Vec<f32>> {

@@ -124,7 +124,7 @@ fn write_all(root: &Path) -> Result<(), Failure> {
     let step = |step: u64, rollbacks| {
         let (c, loads) = (numbers(step as usize % 4), vec![step as i32, -1, 300]);
         let (position, lr, loss, seconds) = (16 * step, 0.01, 3.5, 0.25 * step as f64);
-        Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads })
+        Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads, ..StepRecord::default() })
     };
     let back = Record::Rollback(Rollback { at: 3, to: 1, position: 64, rollbacks: 1, loss: f64::NAN });
     let write = |name: &str, header: &Header, records: &[Record]| {

@@ -46,7 +46,15 @@ fn batch() -> Batch {
     let golden = Golden::open("model_absmax_per_block");
     let ints = |name: &str| -> Vec<i32> { golden.tensor(name).to_i64().iter().map(|&x| x as i32).collect() };
     let [batch, seq] = golden.tensor("in.tokens").ty.dims[..] else { panic!("tokens are a matrix") };
-    Batch { batch, seq, tokens: ints("in.tokens"), labels: ints("in.labels"), seg: ints("in.seg"), reference: vec![] }
+    Batch {
+        batch,
+        seq,
+        tokens: ints("in.tokens"),
+        labels: ints("in.labels"),
+        seg: ints("in.seg"),
+        reference: vec![],
+        padding: 0,
+    }
 }
 
 /// The first step in which all depths occur.

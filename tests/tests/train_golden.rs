@@ -45,6 +45,7 @@ impl Case {
             labels: ints("in.labels"),
             seg: ints("in.seg"),
             reference: vec![],
+            padding: 0,
         };
         let spec = |kind| EntrySpec { kind, rows: batch.batch, tokens: batch.seq, depth: None };
         let entries = kinds.into_iter().chain([EntryKind::Loss]).map(spec).collect();

@@ -17,6 +17,7 @@ use chimera_runtime::text::{Batches, TokenStream, Vocab};
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::metrics::Log;
+use chimera_runtime::train::paradigms::Stages;
 use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
     Budget, Decay, Event, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
@@ -80,6 +81,7 @@ fn options(folder: &Path) -> RunOptions {
     RunOptions {
         budget: Budget { steps: Some(STEPS), seconds: None },
         schedule: Schedule { peak: 0.02, warmup: 2, decay: Decay::Cosine, floor: 0.1 },
+        stages: Stages::default(),
         measure: Measure::Every(2),
         validation_rows: 3,
         save_every: 2,

@@ -29,22 +29,46 @@ pub enum Head {
     },
 }
 
+/// What of a model a graph runs. A cut lies in front of a layer outside of the loop, or of its first one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// The layers in front of this one: the output is `prefix [R, T, d]`, what goes into it.
+    To(usize),
+    /// From this layer on; `prefix` is an input.
+    From(usize),
+}
+
+/// Where a model can be cut so that layer `first` and all behind it lie behind the cut.
+pub fn cut(cfg: &ModelConfig, first: usize) -> usize {
+    match &cfg.looping {
+        Some(l) if first > l.body[0] && first <= l.body[1] => l.body[0],
+        _ => first.min(cfg.layers.len()),
+    }
+}
+
 /// The graph of one entry point.
 ///
 /// Inputs: `tokens` and `seg` (`i32 [R, T]`; a new document starts where `seg` changes), `labels` for a loss, `depth` (`i32 [R]`) for
 /// rows of their own loop depth. Other outputs: `load.*` tokens per expert, `surprise.*`, `knot.*`, `loops`.
 pub fn graph(cfg: &ModelConfig, shape: Shape, head: Head) -> Built<Graph> {
-    build(Net::new(cfg, shape), head)
+    build(Net::new(cfg, shape), head, Part::Whole)
 }
 
 /// [`graph`] with codes and scales in place of the latents of the ternary weights `packed`, see [`Net::packed`].
 pub fn packed_graph(cfg: &ModelConfig, shape: Shape, head: Head, packed: &HashSet<String>) -> Built<Graph> {
     let mut net = Net::new(cfg, shape);
     net.packed = Some(packed);
-    build(net, head)
+    build(net, head, Part::Whole)
 }
 
-fn build(mut net: Net<'_>, head: Head) -> Built<Graph> {
+/// [`graph`] of a part of the model, see [`cut`].
+pub fn part_graph(cfg: &ModelConfig, shape: Shape, head: Head, part: Part) -> Built<Graph> {
+    build(Net::new(cfg, shape), head, part)
+}
+
+fn build(mut net: Net<'_>, head: Head, part: Part) -> Built<Graph> {
     let (cfg, shape) = (net.cfg, net.shape);
     let tokens = Type::i32(&[shape.rows, shape.tokens]);
     net.g.at("embed");
@@ -62,22 +86,34 @@ fn build(mut net: Net<'_>, head: Head) -> Built<Graph> {
         (Depth::PerRow { .. }, Some(_)) => Some(net.g.input("depth", Type::i32(&[shape.rows]))),
         _ => None,
     };
-    let mut x = emb;
-    match &cfg.looping {
-        None => {
-            for layer in 0..cfg.layers.len() {
-                x = net.block(layer, x, stream)?;
-            }
+    let (mut x, layers) = match part {
+        Part::Whole => (emb, 0..cfg.layers.len()),
+        Part::To(layer) => (emb, 0..layer),
+        Part::From(layer) => {
+            let hidden = Type::f32(&[shape.rows, shape.tokens, cfg.hidden_size]);
+            (net.g.input("prefix", hidden), layer..cfg.layers.len())
         }
-        Some(l) => {
-            for layer in l.prelude[0]..=l.prelude[1] {
-                x = net.block(layer, x, stream)?;
-            }
+    };
+    let last = cfg.layers.len().saturating_sub(1);
+    let (before, behind) = match &cfg.looping {
+        None => ([0, last], None),
+        Some(l) => (l.prelude, Some(l)),
+    };
+    for layer in (before[0]..=before[1]).filter(|l| layers.contains(l)) {
+        x = net.block(layer, x, stream)?;
+    }
+    if let Some(l) = behind {
+        if layers.contains(&l.body[0]) {
             x = net.looped(l, x, stream, depth)?;
-            for layer in l.coda[0]..=l.coda[1] {
-                x = net.block(layer, x, stream)?;
-            }
         }
+        for layer in (l.coda[0]..=l.coda[1]).filter(|l| layers.contains(l)) {
+            x = net.block(layer, x, stream)?;
+        }
+    }
+    if let Part::To(_) = part {
+        net.g.outputs.push(("prefix".into(), x));
+        net.g.verify()?;
+        return Ok(net.g);
     }
     net.g.at("head");
     let h = net.rms_norm(x, Some("norm.weight"))?;

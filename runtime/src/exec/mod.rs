@@ -51,6 +51,8 @@ pub struct ExecOptions {
     pub max_bytes: u64,
     /// The folder where machine code is kept for the next run; none is kept when absent.
     pub code_cache: Option<PathBuf>,
+    /// Whether each thread stays on a core of its own and does its own range of every grid, with no help for others.
+    pub pinned: bool,
 }
 
 impl Default for ExecOptions {
@@ -62,6 +64,7 @@ impl Default for ExecOptions {
             target: host(),
             max_bytes: u64::MAX,
             code_cache: None,
+            pinned: false,
         }
     }
 }
@@ -174,7 +177,8 @@ impl Executable {
         let cache = options.code_cache.as_deref();
         let module = compile_with(&plan.kernels, &options.target, &options.emitters, cache);
         let module = module.map_err(ExecError::Compile)?;
-        let pool = Pool::new(threads).map_err(ExecError::Threads)?;
+        let pool = if options.pinned { Pool::pinned(threads) } else { Pool::new(threads) };
+        let pool = pool.map_err(ExecError::Threads)?;
         let sizes = (0..plan.weights.len()).filter(|&i| eager[i]).map(|i| weight_bytes(&i));
         let state_bytes = |s: usize| program::stride(&plan, s) as u64 * u64::from(plan.states[s].copies);
         let scratch_bytes = scratch_stride as u64 * threads as u64;
@@ -233,7 +237,7 @@ impl Executable {
             weight_set,
             scratch,
             scratch_stride,
-            shares: Shares::new(threads),
+            shares: Shares::new(threads, !options.pinned),
             regions,
             bytes,
             max_bytes: options.max_bytes,

@@ -14,6 +14,8 @@ pub(super) struct Shares {
     left: Vec<Padded<AtomicU64>>,
     /// Instances of the grid.
     grid: AtomicU64,
+    /// Whether who is done helps others.
+    helps: bool,
 }
 
 /// The range of worker `worker` among `workers`.
@@ -36,8 +38,8 @@ fn parts(range: u64) -> (u64, u64) {
 }
 
 impl Shares {
-    pub(super) fn new(workers: usize) -> Shares {
-        Shares { left: (0..workers).map(|_| Padded(AtomicU64::new(0))).collect(), grid: AtomicU64::new(0) }
+    pub(super) fn new(workers: usize, helps: bool) -> Shares {
+        Shares { left: (0..workers).map(|_| Padded(AtomicU64::new(0))).collect(), grid: AtomicU64::new(0), helps }
     }
 
     /// Give every worker its range; before workers begin.
@@ -53,7 +55,7 @@ impl Shares {
 
     /// The next instances for a worker; `None` when all are taken.
     pub(super) fn take(&self, worker: usize) -> Option<(i64, i64)> {
-        let n = self.left.len();
+        let n = if self.helps { self.left.len() } else { 1 };
         let (lo, hi) = self.half(worker, true).or_else(|| (1..n).find_map(|w| self.half((worker + w) % n, false)))?;
         let grid = self.grid.load(Ordering::Relaxed);
         let unit = unit(grid);
@@ -99,7 +101,7 @@ mod tests {
         for grid in [0, 1, 2, 3, 7, 64, 1 << 20, 1 << 40] {
             for workers in 1..6 {
                 for step in [0, 1, 3] {
-                    let shares = Shares::new(workers);
+                    let shares = Shares::new(workers, true);
                     shares.deal(grid);
                     let taken = all(&shares, workers, |turn| turn * step);
                     let covered = taken.iter().fold(0, |end, &(lo, hi)| {
@@ -114,7 +116,7 @@ mod tests {
 
     #[test]
     fn workers_begin_with_ranges_of_their_own() {
-        let shares = Shares::new(2);
+        let shares = Shares::new(2, true);
         shares.deal(16);
         assert_eq!([shares.take(0), shares.take(1)], [Some((0, 4)), Some((8, 12))]);
         assert_eq!([shares.take(0), shares.take(0), shares.take(0)], [Some((4, 6)), Some((6, 7)), Some((7, 8))]);
@@ -124,8 +126,16 @@ mod tests {
     }
 
     #[test]
+    fn workers_that_do_not_help_do_their_own_range() {
+        let shares = Shares::new(2, false);
+        shares.deal(16);
+        let done = |worker| std::iter::from_fn(|| shares.take(worker)).map(|(lo, hi)| hi - lo).sum::<i64>();
+        assert_eq!([done(0), done(0), done(1)], [8, 0, 8]);
+    }
+
+    #[test]
     fn threads_share_a_grid() {
-        let shares = Shares::new(2);
+        let shares = Shares::new(2, true);
         for _ in 0..200 {
             shares.deal(1000);
             let count = |worker: usize| {

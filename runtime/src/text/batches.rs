@@ -13,6 +13,8 @@ use std::ops::Range;
 pub struct Batches {
     streams: Vec<TokenStream>,
     draw: Draw,
+    /// Where blocks have one document each: the blocks of each document of a stream and those before it.
+    own: Option<Vec<Vec<usize>>>,
     block: usize,
 }
 
@@ -30,14 +32,36 @@ impl Batches {
     /// # Errors
     /// No stream, or one without a block.
     pub fn mixed(streams: Vec<(f64, TokenStream)>, block: usize, seed: u64) -> Result<Self, TextError> {
+        let blocks = streams.iter().map(|(_, stream)| stream.rows(block)).collect();
+        Self::shared(streams, blocks, None, block, seed)
+    }
+
+    /// As [`Batches::mixed`], where a block has tokens of one document alone and is filled up.
+    ///
+    /// # Errors
+    /// No stream, or one without a token.
+    pub fn apart(streams: Vec<(f64, TokenStream)>, block: usize, seed: u64) -> Result<Self, TextError> {
+        let own: Vec<Vec<usize>> = streams.iter().map(|(_, stream)| stream.rows_of_documents(block)).collect();
+        let blocks = own.iter().map(|ends| ends.last().copied().unwrap_or(0)).collect();
+        Self::shared(streams, blocks, Some(own), block, seed)
+    }
+
+    fn shared(
+        streams: Vec<(f64, TokenStream)>,
+        blocks: Vec<usize>,
+        own: Option<Vec<Vec<usize>>>,
+        block: usize,
+        seed: u64,
+    ) -> Result<Self, TextError> {
         if streams.is_empty() {
             return Err(TextError::TooShort { tokens: 0, seq: block });
         }
-        if let Some((_, short)) = streams.iter().find(|(_, stream)| stream.rows(block) == 0) {
+        if let Some(((_, short), _)) = streams.iter().zip(&blocks).find(|(_, blocks)| **blocks == 0) {
             return Err(TextError::TooShort { tokens: short.len(), seq: block });
         }
-        let blocks: Vec<(f64, u64)> = streams.iter().map(|(weight, s)| (*weight, s.rows(block) as u64)).collect();
-        Ok(Self { streams: streams.into_iter().map(|s| s.1).collect(), draw: Draw::new(&blocks, seed), block })
+        let sizes: Vec<(f64, u64)> = streams.iter().zip(&blocks).map(|((weight, _), &n)| (*weight, n as u64)).collect();
+        let streams = streams.into_iter().map(|s| s.1).collect();
+        Ok(Self { streams, draw: Draw::new(&sizes, seed), own, block })
     }
 
     /// All streams.
@@ -79,8 +103,18 @@ impl Batches {
                 let (index, within) = (at / self.block as u64, (at % self.block as u64) as usize);
                 let (stream, block) = self.draw.at(index);
                 let n = (self.block - within).min(row * seq - out.tokens.len());
-                let start = block * self.block + within;
-                self.streams[stream].push_range(start..start + n, Some(number), &mut out);
+                let from = &self.streams[stream];
+                let begin = out.seg.len();
+                match &self.own {
+                    None => {
+                        let start = block * self.block + within;
+                        from.push_range(start..start + n, Some(number), &mut out);
+                    }
+                    Some(own) => {
+                        from.push_own_row(block, &own[stream], self.block, within..within + n, &mut out);
+                        out.seg[begin..].iter_mut().for_each(|s| *s = number.wrapping_add(i32::from(*s != 0)));
+                    }
+                }
                 number = out.seg.last().map_or(0, |last| last.wrapping_add(1));
                 at += n as u64;
             }
@@ -157,6 +191,34 @@ mod tests {
         for t in (0..45).filter(|t| t % 9 > 0) {
             assert_eq!(drawn.seg[t] != drawn.seg[t - 1], drawn.labels[t - 1] == IGNORE, "position {t}");
         }
+    }
+
+    #[test]
+    fn blocks_apart_have_one_document_each() {
+        let batches = Batches::apart(vec![(1.0, stream())], 5, 11).unwrap();
+        // Documents of 1 to 8 ids: one block up to five, two beyond.
+        let blocks = 5 + 2 * 3;
+        let (drawn, at) = batches.next(0, blocks, 5);
+        assert_eq!((at, drawn.padding, drawn.counted()), (55, 55 - 36, 36));
+        let mut seen: Vec<i32> = vec![];
+        for row in 0..blocks {
+            let ids = &drawn.tokens[row * 5..row * 5 + 5];
+            let own: Vec<i32> = ids.iter().copied().filter(|&id| id != 999).collect();
+            assert!(own.windows(2).all(|w| w[1] == w[0] + 1) && !own.is_empty(), "{ids:?}");
+            let fill = drawn.seg[row * 5..row * 5 + 5].iter().filter(|&&s| s == 1).count();
+            assert_eq!(fill, 5 - own.len());
+            seen.extend(own);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, (0..9).flat_map(|d| d * 10..d * 10 + d).collect::<Vec<i32>>(), "a pass has every token once");
+        // A longer row goes from block to block, a document at a time.
+        let (long, _) = batches.next(0, 1, 15);
+        assert_eq!(long.tokens, drawn.tokens[..15]);
+        for edge in [5, 10] {
+            assert_ne!(long.seg[edge - 1], long.seg[edge]);
+        }
+        let empty = TokenStream::new(&[vec![], vec![]], 999);
+        assert!(Batches::apart(vec![(1.0, empty)], 5, 11).is_err());
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub struct Batch {
     pub seg: Vec<i32>,
     /// Log-probability of the labels of each row under the reference, where each even row is preferred to the row behind it; else empty.
     pub reference: Vec<f32>,
+    /// Positions that only fill rows up.
+    pub padding: usize,
 }
 
 impl TokenStream {
@@ -122,6 +124,31 @@ impl TokenStream {
         self.ends.partition_point(|&end| end < position)
     }
 
+    /// How many rows of `seq` tokens each document and those before it fill, where no row has tokens of two documents. The last row of
+    /// a document is filled up.
+    pub(super) fn rows_of_documents(&self, seq: usize) -> Vec<usize> {
+        let rows = self.documents.iter().scan(0, |sum, document| {
+            *sum += document.ids.len().div_ceil(seq);
+            Some(*sum)
+        });
+        rows.collect()
+    }
+
+    /// Positions `within` of a row of `seq` tokens, one of those that [`TokenStream::rows_of_documents`] counted in `ends`. What fills the
+    /// row up is a document of its own.
+    pub(super) fn push_own_row(&self, row: usize, ends: &[usize], seq: usize, within: Range<usize>, out: &mut Batch) {
+        let index = ends.partition_point(|&end| end <= row);
+        let first = index.checked_sub(1).map_or(0, |before| ends[before]);
+        let (Some(document), Some(&end)) = (self.documents.get(index), self.ends.get(index)) else {
+            return self.push_padding(within.len(), out);
+        };
+        let length = document.ids.len();
+        let begin = ((row - first) * seq + within.start).min(length);
+        let stop = ((row - first) * seq + within.end).min(length);
+        self.push_range(end - length + begin..end - length + stop, Some(0), out);
+        self.push_padding(within.len() - (stop - begin), out);
+    }
+
     /// Positions that have a next token.
     pub(super) fn labelled(&self) -> usize {
         self.len().saturating_sub(1)
@@ -160,6 +187,7 @@ impl TokenStream {
 
     pub(super) fn push_padding(&self, positions: usize, out: &mut Batch) {
         let to = out.tokens.len() + positions;
+        out.padding += positions;
         out.tokens.resize(to, self.end_of_document as i32);
         out.labels.resize(to, IGNORE);
         out.seg.resize(to, self.ends.len() as i32);
@@ -169,7 +197,7 @@ impl TokenStream {
 impl Batch {
     pub(super) fn empty(batch: usize, seq: usize) -> Self {
         let room = || Vec::with_capacity(batch * seq);
-        Self { batch, seq, tokens: room(), labels: room(), seg: room(), reference: vec![] }
+        Self { batch, seq, tokens: room(), labels: room(), seg: room(), reference: vec![], padding: 0 }
     }
 
     /// What the loss of each row counts in a mean: the number of its labels; of rows that are compared, 1 where it has any.
@@ -246,6 +274,32 @@ mod tests {
             assert_eq!((packed.tokens, packed.labels, packed.seg), (tokens, labels, seg), "seq {seq}");
         }
         assert_eq!((TokenStream::new(&[], 7).rows(4), TokenStream::new(&[], 7).measured_rows(4)), (0, 0));
+    }
+
+    #[test]
+    fn rows_of_one_document_have_its_tokens_in_order() {
+        let stream = stream();
+        for seq in [1, 3, 4, 9] {
+            let ends = stream.rows_of_documents(seq);
+            let rows = *ends.last().expect("documents");
+            let (mut tokens, mut labels) = (vec![], vec![]);
+            for row in 0..rows {
+                let mut out = Batch::empty(1, seq);
+                let cut = seq / 2;
+                stream.push_own_row(row, &ends, seq, 0..cut, &mut out);
+                stream.push_own_row(row, &ends, seq, cut..seq, &mut out);
+                assert_eq!([out.tokens.len(), out.labels.len(), out.seg.len()], [seq; 3]);
+                assert_eq!(out.counted(), seq - out.padding, "every token has a label");
+                let own = out.seg.iter().take(seq - out.padding);
+                assert!(own.clone().all(|&s| s == 0) && out.seg.iter().skip(seq - out.padding).all(|&s| s != 0));
+                tokens.extend(out.tokens.iter().take(seq - out.padding).copied());
+                labels.extend(out.labels.iter().take(seq - out.padding).copied());
+            }
+            let expected: Vec<i32> = (0..9).flat_map(|d| d * 10..d * 10 + d).collect();
+            assert_eq!(tokens, expected, "length {seq}");
+            let next = |d: i32| (d * 10 + 1..d * 10 + d).chain((d > 0).then_some(999));
+            assert_eq!(labels, (0..9).flat_map(next).collect::<Vec<_>>());
+        }
     }
 
     #[test]

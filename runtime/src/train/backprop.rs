@@ -5,6 +5,7 @@
 //! therefore follows `backward` on the same batch, never a record alone.
 
 use super::TrainError;
+use super::prefix::PREFIX;
 use super::step::{DEPTH, Probed, REFERENCE, input_type, matrix, total_load, weighted};
 use crate::exec::{EntryId, Executable};
 use crate::text::Batch;
@@ -29,17 +30,27 @@ pub(super) fn has_gradients(plan: &Plan) -> bool {
     plan.entry(BACKWARD).is_some()
 }
 
-/// The gradient of the loss on `batch`, whose rows go through `backward` in parts of its number of rows. Returned are the loss, and as
-/// scalars of the update the norm of the gradient and the share of the weight decay that counts: all of it. `depths` has a loop depth for every row where the plan takes one, `loads` the
-/// outputs with the loads of experts.
+/// What a gradient is taken on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Given<'a> {
+    /// The rows.
+    pub(super) batch: &'a Batch,
+    /// A loop depth for every row, where the plan takes one.
+    pub(super) depths: Option<&'a [i32]>,
+    /// What layers in front of those of the plan give for the rows, where it begins behind them.
+    pub(super) prefix: Option<&'a [f32]>,
+}
+
+/// The gradient of the loss on a batch, whose rows go through `backward` in parts of its number of rows. Returned are the loss, and as
+/// scalars of the update the norm of the gradient and the share of the weight decay that counts: all of it. `loads` are the outputs with
+/// the loads of experts.
 ///
 /// # Errors
 /// A batch that is no such parts, or a loss or norm that is not finite.
 pub(super) fn descent(
     exec: &mut Executable,
     backward: EntryId,
-    batch: &Batch,
-    depths: Option<&[i32]>,
+    Given { batch, depths, prefix }: Given<'_>,
     loads: &[String],
     step: u64,
 ) -> Result<Probed, TrainError> {
@@ -70,6 +81,10 @@ pub(super) fn descent(
         }
         if let Some(depths) = depths {
             exec.set_input(backward, DEPTH, depths.get(at.clone()).unwrap_or_default())?;
+        }
+        if let Some(values) = prefix {
+            let width = values.len() / batch.batch;
+            exec.set_input(backward, PREFIX, values.get(at.start * width..at.end * width).unwrap_or_default())?;
         }
         if accumulates {
             let share = counts[at].iter().sum::<f64>() / total.max(1.0);

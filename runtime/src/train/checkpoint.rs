@@ -6,6 +6,7 @@
 use super::TrainError;
 use super::carried;
 use super::driver::Progress;
+use super::paradigms::Stage;
 use super::weights::WeightFile;
 use crate::exec::Executable;
 use crate::files::b158::{self, Encoding, Entry};
@@ -105,7 +106,8 @@ pub fn write(path: &Path, exec: &Executable, meta: &Meta) -> Result<(), TrainErr
         .collect();
     let p = &meta.progress;
     let progress = json!({
-        "step": p.step, "position": p.position, "ema": p.ema, "lowest": p.lowest, "seconds": p.seconds, "rollbacks": p.rollbacks
+        "step": p.step, "position": p.position, "ema": p.ema, "lowest": p.lowest, "seconds": p.seconds, "rollbacks": p.rollbacks,
+        "stage": p.stage.code()
     });
     let progress = progress.to_string();
     let values = [FORMAT, &meta.config, &meta.vocab, &meta.options, &meta.data, &progress];
@@ -140,7 +142,9 @@ pub fn meta(file: &WeightFile) -> Result<Option<Meta>, TrainError> {
     let float = |key: &str| progress.get(key).and_then(Value::as_f64);
     let rollbacks = number("rollbacks").and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
     let (ema, lowest, seconds) = (float("ema"), float("lowest"), float("seconds").unwrap_or(0.0));
-    let progress = Progress { step, position, ema, lowest, seconds, rollbacks };
+    let stage = Stage::of_code(number("stage").unwrap_or(0))
+        .ok_or_else(|| bad("the progress has a `stage` that no run comes to; the file is damaged".into()))?;
+    let progress = Progress { step, position, ema, lowest, seconds, rollbacks, stage };
     Ok(Some(Meta {
         config: text("config")?,
         vocab: text("vocab")?,
@@ -178,8 +182,8 @@ mod tests {
     }
 
     fn some_meta(step: u64) -> Meta {
-        let progress =
-            Progress { step, position: 7 * step, ema: Some(0.1 + 0.2), lowest: Some(0.1), seconds: 1.5, rollbacks: 2 };
+        let (ema, lowest, stage) = (Some(0.1 + 0.2), Some(0.1), Stage { length: 2, thaw: 1 });
+        let progress = Progress { step, position: 7 * step, ema, lowest, seconds: 1.5, rollbacks: 2, stage };
         let text = |s: &str| s.to_owned();
         Meta { config: text("{}"), vocab: text("v"), options: text("{\"lr\":0.1}"), data: text("d"), progress }
     }

@@ -8,6 +8,7 @@ use super::backprop::DECAY;
 use super::checkpoint::{self, Meta};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
+use super::paradigms::{Stage, Stages};
 use super::schedule::Schedule;
 use super::step::{Probed, Trainer};
 use super::watch::{MemoryWatch, explodes, is_calm};
@@ -42,6 +43,8 @@ pub struct Progress {
     pub seconds: f64,
     /// Times that the run went back to a checkpoint; each one halves the learning rate of what follows.
     pub rollbacks: u32,
+    /// The stage of the last step.
+    pub stage: Stage,
 }
 
 /// When a run is over: at whichever comes first.
@@ -113,6 +116,8 @@ pub struct RunOptions {
     pub budget: Budget,
     /// Learning rate.
     pub schedule: Schedule,
+    /// What changes on the way.
+    pub stages: Stages,
     /// When it measures.
     pub measure: Measure,
     /// Most rows to measure on.
@@ -151,6 +156,13 @@ pub enum Event<'a> {
     Saved(&'a Path),
     /// The loss exploded and the run went back.
     RolledBack(Rollback),
+    /// From here on the run has another plan.
+    Stage {
+        /// Steps done.
+        step: u64,
+        /// What the stage is.
+        sentence: &'a str,
+    },
     /// A text that the model wrote behind a step: the prompt and what follows.
     Text {
         /// Steps done.
@@ -224,7 +236,7 @@ impl Run<'_> {
         stop: &dyn Fn() -> bool,
         hear: &mut dyn FnMut(Event<'_>) -> Result<(), TrainError>,
     ) -> Result<Outcome, TrainError> {
-        let bytes = self.trainer.exec().bytes();
+        let bytes = self.trainer.bytes();
         let memory = MemoryWatch::new(resident_bytes().unwrap_or(u64::MAX - bytes), bytes);
         let now = Instant::now();
         let mut on = Loop {
@@ -263,6 +275,7 @@ impl Run<'_> {
 
     /// One step, or the return to a checkpoint.
     fn advance(&mut self, options: &RunOptions, on: &mut Loop<'_>) -> Result<(), TrainError> {
+        self.change_stage(options, on)?;
         let (rows, tokens) = self.trainer.shape();
         let began = Instant::now();
         let before = self.progress;
@@ -293,11 +306,11 @@ impl Run<'_> {
         let seconds = before.seconds + on.clock.elapsed().as_secs_f64();
         on.clock = Instant::now();
         let lowest = Some(before.lowest.map_or(ema, |low| low.min(ema)));
-        let rollbacks = before.rollbacks;
-        self.progress = Progress { step, position, ema: Some(ema), lowest, seconds, rollbacks };
+        let (rollbacks, stage) = (before.rollbacks, self.trainer.stage());
+        self.progress = Progress { step, position, ema: Some(ema), lowest, seconds, rollbacks, stage };
         if let Some(journal) = &mut self.journal {
             let (loss, c, loads) = (probed.loss, probed.c.clone(), probed.loads.clone());
-            journal.add(&Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads }))?;
+            journal.add(&Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads, stage }))?;
         }
         self.report(options, &batch, &probed, [lr, ema], dt, on)?;
         let due = match options.save_every {
@@ -305,6 +318,14 @@ impl Run<'_> {
             n => step.is_multiple_of(n),
         };
         if due { self.save(options, on) } else { Ok(()) }
+    }
+
+    /// Takes the plan of the stage that the next step belongs to.
+    fn change_stage(&mut self, options: &RunOptions, on: &mut Loop<'_>) -> Result<(), TrainError> {
+        let stage = options.stages.wanted(&self.progress, &options.budget).later(self.progress.stage);
+        let Some(sentence) = self.trainer.enter(stage)? else { return Ok(()) };
+        on.memory.plans(self.trainer.bytes());
+        (on.hear)(Event::Stage { step: self.progress.step, sentence: &sentence })
     }
 
     /// Measures where it is time to, and tells what a step did.
@@ -338,7 +359,8 @@ impl Run<'_> {
             norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
             validation: on.validation,
             validated: validated && on.validation.is_some(),
-            data_tokens: (batch.batch * batch.seq) as u64,
+            position: self.progress.position,
+            data_tokens: (batch.batch * batch.seq - batch.padding) as u64,
             forward_tokens: self.trainer.forward_tokens(),
             dt,
             seconds: self.progress.seconds,
@@ -395,7 +417,7 @@ impl Run<'_> {
                 if failed.rollbacks >= p.rollbacks.saturating_add(MAX_RETURNS) {
                     return Err(given_up);
                 }
-                checkpoint::restore(&file, self.trainer.exec_mut())?;
+                self.trainer.restore(&file, p.stage)?;
                 let rollbacks = failed.rollbacks.saturating_add(1);
                 let (rows, tokens) = self.trainer.shape();
                 let position = self.batches.anew(position, rows, tokens);

@@ -4,6 +4,7 @@
 //! are found again but never joined to those before it.
 
 use super::TrainError;
+use super::paradigms::Stage;
 use crate::files::FileError;
 use crate::files::atomic::write_atomic;
 use crc32c::{crc32c, crc32c_append};
@@ -81,6 +82,8 @@ pub struct StepRecord {
     pub c: Vec<f32>,
     /// The loads of all routers that the update was given, one behind the other.
     pub loads: Vec<i32>,
+    /// The stage of the run that the step belongs to.
+    pub stage: Stage,
 }
 
 /// The run went back to a checkpoint.
@@ -122,6 +125,10 @@ impl Record {
                 s.c.iter().for_each(|x| out.extend(x.to_le_bytes()));
                 put_varint(out, s.loads.len() as u64);
                 s.loads.iter().for_each(|&x| put_varint(out, u64::from(((x << 1) ^ (x >> 31)) as u32)));
+                // The first stage goes without saying.
+                if s.stage != Stage::default() {
+                    put_varint(out, s.stage.code());
+                }
             }
             Record::Rollback(r) => {
                 [r.at, r.to, r.position, u64::from(r.rollbacks)].iter().for_each(|&x| put_varint(out, x));
@@ -215,7 +222,11 @@ impl Cursor<'_> {
             loads.push((x >> 1) as i32 ^ -((x & 1) as i32));
         }
         let rollbacks = u32::try_from(rollbacks).ok()?;
-        Some(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads })
+        let stage = match self.0.is_empty() {
+            true => Stage::default(),
+            false => Stage::of_code(self.varint()?).filter(|&stage| stage != Stage::default())?,
+        };
+        Some(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads, stage })
     }
 }
 

@@ -5,7 +5,8 @@ use super::*;
 fn step(step: u64) -> StepRecord {
     let loss = 3.0 + 1.0 / step as f64;
     let (c, loads) = (vec![1.5, -0.25 * step as f32], vec![step as i32, -7, i32::MIN]);
-    StepRecord { step, rollbacks: 0, position: 300 * step, lr: 0.01, loss, seconds: 0.5 * step as f64, c, loads }
+    let stage = Stage { length: step as u16 % 4, thaw: step as u16 % 5 };
+    StepRecord { step, rollbacks: 0, position: 300 * step, lr: 0.01, loss, seconds: 0.5 * step as f64, c, loads, stage }
 }
 
 fn header() -> Header {

@@ -63,6 +63,8 @@ pub struct StepMetrics {
     pub validation: Option<Validation>,
     /// Whether the measurement was made behind this step.
     pub validated: bool,
+    /// Position in the data behind the step, in tokens and what fills rows up.
+    pub position: u64,
     /// Tokens of data in the step.
     pub data_tokens: u64,
     /// Tokens that went through the model in the step: one pass for each sign and direction.
@@ -114,6 +116,7 @@ impl StepMetrics {
                 put("val_accuracy", json!(p.accuracy));
             }
         }
+        put("position", json!(self.position));
         put("data_tokens", json!(self.data_tokens));
         put("forward_tokens", json!(self.forward_tokens));
         put("tokens_per_second", json!(self.data_rate().round()));
@@ -279,6 +282,7 @@ mod tests {
             norm: None,
             validation: None,
             validated: false,
+            position: 5120,
             data_tokens: 512,
             forward_tokens: 1024,
             dt: Duration::from_millis(278),

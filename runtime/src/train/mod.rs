@@ -12,6 +12,8 @@ pub mod history;
 pub mod init;
 pub mod journal;
 pub mod metrics;
+pub mod paradigms;
+pub mod prefix;
 mod schedule;
 pub mod standing;
 mod step;

@@ -111,8 +111,8 @@ impl Standing {
         for s in &self.trail.steps {
             let ema = moving_average(at.ema, s.loss);
             let lowest = Some(at.lowest.map_or(ema, |low| low.min(ema)));
-            let (step, position, seconds, rollbacks) = (s.step, s.position, s.seconds, s.rollbacks);
-            at = Progress { step, position, ema: Some(ema), lowest, seconds, rollbacks };
+            let (step, position, seconds, rollbacks, stage) = (s.step, s.position, s.seconds, s.rollbacks, s.stage);
+            at = Progress { step, position, ema: Some(ema), lowest, seconds, rollbacks, stage };
         }
         if let Some(r) = self.trail.rollback.filter(|r| r.to == at.step) {
             (at.position, at.rollbacks) = (r.position, r.rollbacks);
@@ -126,8 +126,9 @@ impl Standing {
     /// # Errors
     /// A checkpoint or a journal of another plan, damage, steps that need data where there are none, or a failure to execute.
     pub fn restore(&self, trainer: &mut Trainer, data: Option<&dyn Feed>) -> Result<Vec<String>, TrainError> {
-        let unused = checkpoint::restore(&self.file, trainer.exec_mut())?;
+        let unused = trainer.restore(&self.file, self.meta.progress.stage)?;
         for s in &self.trail.steps {
+            trainer.enter(s.stage)?;
             if trainer.needs_data() {
                 self.differentiate(trainer, s, data)?;
             }

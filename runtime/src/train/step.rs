@@ -4,8 +4,11 @@
 
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
-use super::carried;
 use super::compare;
+use super::paradigms::{Replan, Stage};
+use super::prefix::{self, Keeping, PREFIX, Prefix};
+use super::weights::WeightFile;
+use super::{carried, checkpoint};
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
 use crate::text::{Batch, HeldOut, LossTally, Vocab};
@@ -93,6 +96,15 @@ pub struct Trainer {
     depths: Option<Depths>,
     /// Parts in which a batch goes through the model.
     parts: usize,
+    /// Who makes the trainers of other stages, and the stage of this one.
+    replan: Option<Box<dyn Replan>>,
+    stage: Stage,
+    /// Whether the stage has just begun: what is probed is then chosen anew.
+    fresh: bool,
+    /// What goes into the first layer that a step changes, where the plan begins there.
+    prefix: Option<Prefix>,
+    /// Rows that earlier stages found, of those that they asked for.
+    found: (u64, u64),
 }
 
 impl Trainer {
@@ -149,6 +161,11 @@ impl Trainer {
             loads,
             depths: None,
             parts: 1,
+            replan: None,
+            stage: Stage::default(),
+            fresh: false,
+            prefix: None,
+            found: (0, 0),
         })
     }
 
@@ -160,6 +177,77 @@ impl Trainer {
     /// As before, with batches of so many times the rows of the plan, along a gradient.
     pub fn in_parts(self, parts: usize) -> Trainer {
         Trainer { parts: parts.max(1), ..self }
+    }
+
+    /// As before, for `stage` of a run whose other stages `replan` makes.
+    pub fn in_stages(self, replan: Box<dyn Replan>, stage: Stage) -> Trainer {
+        Trainer { replan: Some(replan), stage, ..self }
+    }
+
+    /// As before, and where the plan begins behind layers that stay as they are, with as much of what these give as `keeping` says.
+    ///
+    /// # Errors
+    /// A plan whose shapes do not fit together.
+    pub fn with_prefix(self, keeping: Keeping) -> Result<Trainer, TrainError> {
+        Ok(Trainer { prefix: Prefix::of(&self.exec, keeping)?, ..self })
+    }
+
+    /// Rows of batches that were found in memory, of all that layers which stay as they are were asked for.
+    pub fn found(&self) -> Option<(u64, u64)> {
+        let own = self.prefix.as_ref().map_or((0, 0), Prefix::found);
+        Some((self.found.0 + own.0, self.found.1 + own.1)).filter(|found| found.1 > 0)
+    }
+
+    /// Bytes that the plan and what is kept beside it may come to use.
+    pub fn bytes(&self) -> u64 {
+        self.exec.bytes() + self.prefix.as_ref().map_or(0, Prefix::most)
+    }
+
+    /// The stage that this is the trainer of.
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Becomes the trainer of a stage, with the weights as they are. Memory of optimizers goes on where the stage has it, and begins at
+    /// zero otherwise. Returns a sentence about the stage where it is another one.
+    ///
+    /// # Errors
+    /// When there is no plan for the stage; the trainer is then as it was.
+    pub fn enter(&mut self, stage: Stage) -> Result<Option<String>, TrainError> {
+        if stage == self.stage {
+            return Ok(None);
+        }
+        let replan = self.replan.as_mut().ok_or_else(|| {
+            TrainError::Plan(format!(
+                "its run has stages, of which only {:?} was compiled, not {stage:?}; go on with the configuration",
+                self.stage
+            ))
+        })?;
+        let (mut next, sentence) = replan.trainer(stage)?;
+        for weight in next.exec.plan().weights.clone() {
+            let known = self.exec.plan().weights.iter().any(|w| w.name == weight.name && w.ty == weight.ty);
+            if known {
+                let values = self.exec.weight_f32(&weight.name)?;
+                next.exec.set_weight(&weight.name, &weight.ty.dims, &values)?;
+            }
+        }
+        next.found = self.found().unwrap_or_default();
+        (next.replan, next.stage, next.fresh) = (self.replan.take(), stage, true);
+        *self = next;
+        Ok(Some(sentence))
+    }
+
+    /// Takes weights and optimizer memory of a checkpoint of a stage. Returns the names of the tensors that nothing reads.
+    ///
+    /// # Errors
+    /// As for [`Trainer::enter`] and [`checkpoint::restore`].
+    pub fn restore(&mut self, file: &WeightFile, stage: Stage) -> Result<Vec<String>, TrainError> {
+        self.enter(stage)?;
+        self.fresh = false;
+        if let Some(prefix) = &mut self.prefix {
+            prefix.forget();
+        }
+        checkpoint::restore(file, &mut self.exec)
     }
 
     /// The executable, with the weights as the last step left them.
@@ -221,9 +309,22 @@ impl Trainer {
                 )));
             }
         };
-        let Some(comparison) = self.comparison else {
-            return backprop::descent(&mut self.exec, self.dual, batch, drawn.as_deref(), &self.loads, step);
+        let kept = match (&mut self.prefix, prefix::is_cut(self.exec.plan(), entry)) {
+            (_, false) => None,
+            (Some(prefix), true) => Some(prefix.rows(&mut self.exec, batch, drawn.as_deref())?),
+            (None, true) => {
+                return Err(TrainError::Plan(format!(
+                    "`{entry}` begins behind some layers, and nothing says how to keep what they give"
+                )));
+            }
         };
+        let Some(comparison) = self.comparison else {
+            let given = backprop::Given { batch, depths: drawn.as_deref(), prefix: kept };
+            return backprop::descent(&mut self.exec, self.dual, given, &self.loads, step);
+        };
+        if let Some(values) = kept {
+            self.exec.set_input(self.dual, PREFIX, values)?;
+        }
         self.choose(step)?;
         set_batch(&mut self.exec, self.dual, batch)?;
         if let Some(drawn) = drawn {
@@ -275,13 +376,16 @@ impl Trainer {
         }
         self.exec.set_input(self.update, "step", &[word])?;
         self.exec.set_input(self.update, "lr", &[lr as f32])?;
-        Ok(self.exec.run_entry(self.update)?)
+        self.exec.run_entry(self.update)?;
+        self.fresh = false;
+        Ok(())
     }
 
     /// Chooses what is probed from now on, if it is time to. The weights before the step decide, so that a step that is only applied
     /// chooses as one that was probed.
     fn choose(&mut self, step: u64) -> Result<(), TrainError> {
-        let Some((entry, _)) = self.mask.filter(|(_, steps)| step.is_multiple_of(*steps)) else { return Ok(()) };
+        let due = |steps: u64| self.fresh || step.is_multiple_of(steps);
+        let Some((entry, _)) = self.mask.filter(|&(_, steps)| due(steps)) else { return Ok(()) };
         let (seed, word) = self.stream(step);
         let ports = self.exec.plan().entry(MASK).map_or(&[][..], |e| &e.inputs);
         if ports.iter().any(|p| p.0 == "seed") {

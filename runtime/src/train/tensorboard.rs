@@ -139,6 +139,7 @@ mod tests {
             norm: None,
             validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5), preferred: None }),
             validated: step == 300,
+            position: 640,
             data_tokens: 64,
             forward_tokens: 128,
             dt: Duration::from_millis(500),

@@ -21,6 +21,7 @@ pub(super) fn is_calm(ema: Option<f64>, lowest: Option<f64>, margin: f64) -> boo
 /// Compares resident memory with what it was before the first step and what the plan needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MemoryWatch {
+    before: u64,
     planned: u64,
     quiet: bool,
 }
@@ -28,7 +29,12 @@ pub(super) struct MemoryWatch {
 impl MemoryWatch {
     /// A watch from here on: `resident` bytes now, `plan` bytes that the plan may come to use.
     pub(super) fn new(resident: u64, plan: u64) -> MemoryWatch {
-        MemoryWatch { planned: resident + plan, quiet: false }
+        MemoryWatch { before: resident, planned: resident + plan, quiet: false }
+    }
+
+    /// Another plan takes over, which may come to use `plan` bytes.
+    pub(super) fn plans(&mut self, plan: u64) {
+        self.planned = self.planned.max(self.before + plan);
     }
 
     /// The figure that is exceeded, once.
@@ -57,5 +63,10 @@ mod tests {
         assert_eq!(watch.exceeded(160 << 20), None);
         assert_eq!(watch.exceeded(300 << 20), Some(160 << 20));
         assert_eq!(watch.exceeded(400 << 20), None);
+        let mut watch = MemoryWatch::new(100 << 20, 60 << 20);
+        watch.plans(20 << 20);
+        assert_eq!(watch.exceeded(160 << 20), None);
+        watch.plans(200 << 20);
+        assert_eq!((watch.exceeded(300 << 20), watch.exceeded(500 << 20)), (None, Some(300 << 20)));
     }
 }

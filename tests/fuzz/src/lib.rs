@@ -112,7 +112,8 @@ fn plan_runs(plan: &Plan) {
     let proven = plan.kernels.iter().all(|k| loops::unproven(k).is_empty());
     for emitters in ["interp", "portable,interp"] {
         let emitters = Allowed::parse(emitters).expect("emitters know their names");
-        let options = ExecOptions { threads: 1, emitters, target: host(), max_bytes: MAX_BYTES, code_cache: None };
+        let options =
+            ExecOptions { threads: 1, emitters, target: host(), max_bytes: MAX_BYTES, ..ExecOptions::default() };
         match Executable::new(plan.clone(), &options) {
             Ok(mut exe) if bounded && proven => plan_entries(&mut exe, plan),
             Ok(_) => {}

@@ -8,8 +8,9 @@ use crate::data::DataArgs;
 use crate::estimators::{ESTIMATORS, EstimatorName, of_some};
 use crate::hyper::{HyperArgs, positive};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
+use crate::paradigms::ParadigmArgs;
 use crate::phases::PhaseArgs;
-use crate::report::comparison::{Comparison, Contender, Ending};
+use crate::report::comparison::{Comparison, Contender, Ending, Subject};
 use crate::session::Interrupt;
 use crate::train;
 use crate::watch::{Reporter, WatchArgs};
@@ -19,7 +20,7 @@ use chimera_runtime::train::{Measure, Outcome, history};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The name of the page in the folder.
 const PAGE: &str = "compare.html";
@@ -90,38 +91,88 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
     }
     let reporter = Reporter::new(None, false, args.quiet);
-    let mut all = Comparison { contenders: vec![], seconds: args.duration(), seed: args.hyper.fresh().seed };
-    let mut failure = None;
-    for (i, (name, run)) in args.estimators.iter().zip(&runs).enumerate() {
-        reporter.say(&format!("{} of {}: {} for {} s", i + 1, runs.len(), name.text(), args.duration()));
-        let ending = match train::train(run, &interrupt) {
-            Ok((Outcome::Finished, _)) => Ending::Finished,
-            Ok((Outcome::Stopped, _)) => Ending::Stopped,
-            Err(f) => {
-                let ending = Ending::Failed(f.message.clone());
-                failure.get_or_insert(f);
-                ending
-            }
-        };
-        let folder = args.folder(*name);
-        let (steps, events) = (history::lines(&folder, Log::NAME)?, history::lines(&folder, history::NAME)?);
-        let begun = !steps.is_empty();
-        // A loss that explodes says something of its estimator; what fails before the first step fails for all of them.
-        let over = ending == Ending::Stopped || (ending != Ending::Finished && !begun);
-        if let (true, Ending::Failed(why)) = (begun, &ending) {
-            reporter.say(&format!("{}: {why}", name.text()));
-        }
-        if begun {
-            all.contenders.push(Contender { name: name.text(), folder, steps, events, ending });
-        }
-        if over || interrupt.requested() {
-            break;
-        }
-    }
+    let (seconds, seed) = (args.duration(), args.hyper.fresh().seed);
+    let names = args.estimators.iter().map(|name| name.text());
+    let (contenders, failure) = race(names.zip(runs).collect(), seconds, 1, &interrupt, &reporter)?;
+    let all = Comparison { subject: Subject::Estimators, contenders, seconds, seed };
     if !all.contenders.is_empty() {
         show(args, &all, &reporter)?;
     }
     failure.map_or(Ok(()), Err)
+}
+
+/// Trains each run for so many seconds: in so many turns of equal time, all runs in each turn one behind the other, until one is
+/// interrupted. Returned are those that did a step, and the first failure. Every run has a folder.
+///
+/// # Errors
+/// Records that cannot be read.
+pub fn race(
+    runs: Vec<(String, train::Args)>,
+    seconds: u64,
+    turns: u32,
+    interrupt: &Interrupt,
+    reporter: &Reporter,
+) -> Result<(Vec<Contender>, Option<Failure>), Failure> {
+    let (mut failure, count, mut endings) = (None, runs.len(), vec![None; runs.len()]);
+    'turns: for turn in 1..=turns {
+        for (i, (name, run)) in runs.iter().enumerate() {
+            if turn > 1 && endings[i] != Some(Ending::Stopped) {
+                continue;
+            }
+            let (place, share) = (i + 1, seconds as f64 / f64::from(turns));
+            match turns {
+                1 => reporter.say(&format!("{place} of {count}: {name} for {seconds} s")),
+                _ => reporter.say(&format!("turn {turn} of {turns}, {place} of {count}: {name} for {share:.1} s")),
+            }
+            // The last turn ends with the time of the run, which its records know better than a clock here.
+            let until = Instant::now() + Duration::from_secs_f64(share);
+            let stop = if turn == turns { interrupt.clone() } else { interrupt.or_at(until) };
+            let outcome = match turn {
+                1 => train::train(run, &stop),
+                _ => train::train(&continued(run), &stop),
+            };
+            let ending = match outcome {
+                Ok((Outcome::Finished, _)) => Ending::Finished,
+                Ok((Outcome::Stopped, _)) => Ending::Stopped,
+                Err(f) => {
+                    let ending = Ending::Failed(f.message.clone());
+                    failure.get_or_insert(f);
+                    ending
+                }
+            };
+            let begun = !history::lines(&run.out.clone().unwrap_or_default(), Log::NAME)?.is_empty();
+            if let (true, Ending::Failed(why)) = (begun, &ending) {
+                reporter.say(&format!("{name}: {why}"));
+            }
+            // A loss that explodes says something of its run; what fails before the first step fails for all of them.
+            let fatal = matches!(ending, Ending::Failed(_)) && !begun;
+            endings[i] = Some(ending);
+            if fatal || interrupt.requested() {
+                break 'turns;
+            }
+        }
+    }
+    let mut contenders = vec![];
+    for ((name, run), ending) in runs.into_iter().zip(endings) {
+        let folder = run.out.unwrap_or_default();
+        let (steps, events) = (history::lines(&folder, Log::NAME)?, history::lines(&folder, history::NAME)?);
+        if let Some(ending) = ending.filter(|_| !steps.is_empty()) {
+            contenders.push(Contender { name, folder, steps, events, ending });
+        }
+    }
+    Ok((contenders, failure))
+}
+
+/// The options by which a run goes on.
+fn continued(run: &train::Args) -> train::Args {
+    let model = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
+    train::Args {
+        model,
+        hyper: HyperArgs::default(),
+        paradigms: ParadigmArgs::default(),
+        resume: Some("auto".into()),
+        ..run.clone()
+    }
 }
 
 /// Refuses what has no meaning in a comparison.
@@ -175,6 +226,7 @@ impl Args {
             seconds: Some(self.duration()),
             hyper: self.hyper.of(name),
             phase: PhaseArgs::default(),
+            paradigms: ParadigmArgs::default(),
             val_every: self.val_every.unwrap_or(apart),
             val_tokens: self.val_tokens,
             save_every: 0,
@@ -183,6 +235,8 @@ impl Args {
             resume: None,
             watch: self.watch.clone(),
             exec: self.exec.clone(),
+            benchmark: false,
+            turns: None,
             json: false,
             quiet: self.quiet,
         }
@@ -192,7 +246,7 @@ impl Args {
 /// The page into the folder, the table or its JSON to stdout.
 fn show(args: &Args, all: &Comparison, reporter: &Reporter) -> Result<(), Failure> {
     let path = args.out.join(PAGE);
-    let page = all.page();
+    let page = all.page(|_| {});
     write_atomic(&path, |w| w.write_all(page.as_bytes()))?;
     reporter.say(&format!("curves: {}", path.display()));
     let mut out = std::io::stdout().lock();

@@ -4,6 +4,7 @@
 
 use crate::estimators::{ESTIMATORS, EstimatorName, ZeroGradient, of_some};
 use crate::options::Failure;
+use crate::paradigms::Paradigms;
 use crate::phases::Phase;
 use crate::probes::{Entries, FamilyName, MaskName, ModeName, OptimiserName};
 use chimera_runtime::text::DataSpec;
@@ -155,7 +156,7 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
-fn positive_share(text: &str) -> Result<f64, String> {
+pub fn positive_share(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(x) if x > 0.0 && x <= 1.0 => Ok(x),
         _ => Err("expected a number above 0 and at most 1".into()),
@@ -230,6 +231,8 @@ pub struct Hyper {
     /// What the run is a phase of.
     #[serde(default)]
     pub phase: Phase,
+    #[serde(default)]
+    pub paradigms: Paradigms,
 }
 
 impl HyperArgs {
@@ -284,6 +287,7 @@ impl HyperArgs {
             binary: false,
             plan: None,
             phase: Phase::Pretrain,
+            paradigms: Paradigms::default(),
         }
     }
 

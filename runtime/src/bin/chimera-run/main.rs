@@ -5,15 +5,18 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line program talks to people")]
 #![allow(unreachable_pub, reason = "modules of a binary")]
 
+mod benchmark;
 mod call;
 mod compare;
 mod data;
 mod estimators;
+mod fused;
 mod generate;
 mod hyper;
 mod model;
 mod options;
 mod pack;
+mod paradigms;
 mod phases;
 mod probes;
 mod quickstart;

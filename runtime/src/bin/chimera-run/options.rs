@@ -305,6 +305,7 @@ impl RunOptions {
                 Some(CodeCache::Off) => None,
                 Some(CodeCache::Folder(folder)) => Some(folder.clone()),
             },
+            pinned: false,
         }
     }
 }

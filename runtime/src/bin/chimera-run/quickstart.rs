@@ -19,6 +19,7 @@ use chimera_runtime::text::{
 };
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
+use chimera_runtime::train::paradigms::Stages;
 use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{
     Budget, Decay, Event, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
@@ -252,6 +253,7 @@ fn run_options(hyper: &Hyper, validation_rows: usize, folder: Option<PathBuf>) -
     RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
         schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
+        stages: Stages::default(),
         measure: if folder.is_some() { MEASURE } else { Measure::Never },
         validation_rows,
         save_every: 0,

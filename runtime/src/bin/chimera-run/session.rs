@@ -4,23 +4,32 @@
 
 use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
+use crate::weights;
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
-use chimera_frontends::config::{ModelConfig, parameters};
+use chimera_frontends::config::ModelConfig;
 use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
-use chimera_runtime::train::Depths;
+use chimera_runtime::exec::Executable;
+use chimera_runtime::train::paradigms::{Replan, Stage};
+use chimera_runtime::train::{Depths, TrainError, Trainer};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// Rows that one measurement takes at a time.
 const MEASURED_ROWS: usize = 16;
+/// Parts of a batch in which layers that stay as they are run.
+const PREFIX_PARTS: usize = 4;
 /// Exit code of a process that an interrupt ends: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
 
-/// A flag that the first interrupt sets.
+/// A flag that the first interrupt sets, or a moment.
 #[derive(Clone, Debug)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt {
+    flag: Arc<AtomicBool>,
+    deadline: Option<Instant>,
+}
 
 impl Interrupt {
     /// From here on, the first SIGINT or SIGTERM sets the flag and the second ends the process.
@@ -35,12 +44,17 @@ impl Interrupt {
             signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED, flag.clone()).map_err(fail)?;
             signal_hook::flag::register(signal, flag.clone()).map_err(fail)?;
         }
-        Ok(Interrupt(flag))
+        Ok(Interrupt { flag, deadline: None })
     }
 
-    /// Whether the first interrupt came.
+    /// The same, and from `deadline` on as if an interrupt had come.
+    pub fn or_at(&self, deadline: Instant) -> Interrupt {
+        Interrupt { deadline: Some(deadline), ..self.clone() }
+    }
+
+    /// Whether the first interrupt came, or the moment.
     pub fn requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.flag.load(Ordering::Relaxed) || self.deadline.is_some_and(|at| Instant::now() >= at)
     }
 }
 
@@ -65,16 +79,81 @@ pub fn training_plan(
     further: Vec<EntrySpec>,
     run: &RunOptions,
 ) -> Result<Plan, Failure> {
-    let parameters = parameters(config);
-    let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
-    let entries = [training_entries(config, hyper), further].concat();
-    let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
-    Ok(compile(config, &Options { entries, objective, carried, trainable, ..run.compile()? })?)
+    stage_plan(config, hyper, Stage::default(), further, run)
 }
 
 /// Rows that one measurement takes at a time; long sequences have as many as in training, as each has its state.
 pub fn measured_rows(hyper: &Hyper) -> usize {
     if hyper.phase.carries() { hyper.batch as usize } else { MEASURED_ROWS }
+}
+
+/// The plan of a stage of a run, with `further` entry points.
+///
+/// # Errors
+/// As for [`training_plan`].
+pub fn stage_plan(
+    config: &ModelConfig,
+    hyper: &Hyper,
+    stage: Stage,
+    further: Vec<EntrySpec>,
+    run: &RunOptions,
+) -> Result<Plan, Failure> {
+    let trainable = hyper.paradigms.trained(hyper, config, stage)?;
+    let cut = hyper.paradigms.cut(hyper, config, stage)?;
+    let at = hyper.paradigms.at(hyper, config, stage);
+    let mut entries = training_entries(config, &at);
+    // Measurements of all stages are those of one length.
+    let measured = entries.iter_mut().filter(|e| e.kind == EntryKind::Loss);
+    measured.for_each(|e| e.tokens = hyper.seq_len as usize);
+    // Rows that were not kept are fewer than a batch, as a rule.
+    let (rows, tokens) = ((at.batch as usize).div_ceil(PREFIX_PARTS), at.seq_len as usize);
+    entries.extend(cut.map(|_| EntrySpec { kind: EntryKind::Prefix, rows, tokens, depth: None }));
+    entries.extend(further);
+    let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
+    Ok(compile(config, &Options { entries, objective, carried, trainable, cut, ..run.compile()? })?)
+}
+
+/// Compiles the stages of a run as they come.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    /// The model.
+    pub config: ModelConfig,
+    /// The options of the run.
+    pub hyper: Hyper,
+    /// Entry points that do not train.
+    pub further: Vec<EntrySpec>,
+    /// On what the plans run.
+    pub run: RunOptions,
+}
+
+impl Planner {
+    /// The trainer of a plan of the run.
+    ///
+    /// # Errors
+    /// When it cannot be executed.
+    pub fn trainer_of(&self, plan: Plan) -> Result<Trainer, Failure> {
+        let mut options = self.run.exec();
+        options.pinned = self.hyper.paradigms.pipeline;
+        let mut exec = Executable::new(plan, &options)?;
+        if let Some(path) = &self.hyper.fisher {
+            weights::read_scores(path, &mut exec)?;
+        }
+        let trainer = Trainer::new(exec, self.hyper.seed)?;
+        let trainer = trainer.with_depths(depths(&self.config)).in_parts(self.hyper.accumulate as usize);
+        let mut keeping = self.hyper.paradigms.keeping();
+        let left = options.max_bytes.saturating_sub(trainer.exec().bytes());
+        keeping.bytes = keeping.bytes.min(left);
+        Ok(trainer.with_prefix(keeping)?)
+    }
+}
+
+impl Replan for Planner {
+    fn trainer(&mut self, stage: Stage) -> Result<(Trainer, String), TrainError> {
+        let made = stage_plan(&self.config, &self.hyper, stage, self.further.clone(), &self.run);
+        let made = made.and_then(|plan| self.trainer_of(plan));
+        let trainer = made.map_err(|e| TrainError::Plan(format!("its next stage has none: {}", e.message)))?;
+        Ok((trainer, self.hyper.paradigms.sentence(&self.hyper, &self.config, stage)))
+    }
 }
 
 /// The entry points of a training plan.

@@ -3,20 +3,23 @@
 //! Invariant: the same options, data and seed give the same checkpoint, however often the run was interrupted and resumed, unless
 //! seconds bound it.
 
+use crate::benchmark;
 use crate::data::{DataArgs, Encoding};
+use crate::fused;
 use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
+use crate::paradigms::{self, ParadigmArgs};
 use crate::phases::{self, Course, Length, Phase, PhaseArgs, Start, reference, same_architecture};
-use crate::session::{Interrupt, depths, training_entries, training_plan};
+use crate::session::{Interrupt, Planner, stage_plan, training_entries};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
 use chimera_compiler::EntrySpec;
 use chimera_ir::plan::Plan;
-use chimera_runtime::exec::Executable;
 use chimera_runtime::text::{self, Cache, Reading, TokenSource, Vocab, VocabSpec};
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
+use chimera_runtime::train::paradigms::{Stage, Stages};
 use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
     Budget, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, Writing, init,
@@ -57,6 +60,8 @@ pub struct Args {
     pub hyper: HyperArgs,
     #[command(flatten)]
     pub phase: PhaseArgs,
+    #[command(flatten)]
+    pub paradigms: ParadigmArgs,
     /// Measure on held-out data every so many steps, or seconds with an s (30s), a tenth of the time at most; 0 never does
     #[arg(long, default_value = "100", env = "CHIMERA_VAL_EVERY", value_name = "STEPS|SECONDSs")]
     pub val_every: Measure,
@@ -79,6 +84,13 @@ pub struct Args {
     pub watch: WatchArgs,
     #[command(flatten)]
     pub exec: ExecArgs,
+    /// Train without paradigms and with each of them, --seconds each [default: 60], and print what each of them is worth
+    #[arg(long, env = "CHIMERA_BENCHMARK")]
+    pub benchmark: bool,
+    /// Turns in which the time of each run is spent, so that a machine which others use too is fast and slow for all of them (--benchmark)
+    /// [default: 1]
+    #[arg(long, requires = "benchmark", env = "CHIMERA_TURNS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub turns: Option<u16>,
     /// Print one line of JSON for each step on stdout
     #[arg(long, env = "CHIMERA_JSON")]
     pub json: bool,
@@ -95,6 +107,9 @@ const DEFAULT_OUT: &str = "chimera-run";
 /// # Errors
 /// See the exit codes of [`Failure`].
 pub fn run(args: &Args) -> Result<(), Failure> {
+    if args.benchmark {
+        return benchmark::run(args);
+    }
     let (_, path) = train(args, &Interrupt::register()?)?;
     if !args.json {
         writeln!(std::io::stdout().lock(), "{}", path.display())?;
@@ -108,9 +123,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// See the exit codes of [`Failure`].
 pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), Failure> {
     let (saved, folder) = resumed(args)?;
+    let given = args.paradigms.shape(&args.hyper, args.steps.or(args.seconds.is_none().then_some(DEFAULT_STEPS)))?;
     let (mut hyper, length) = match &saved {
-        Some(standing) => (args.hyper.resumed(&standing.meta.options)?, Length::default()),
-        None => phases::fresh(args)?,
+        Some(standing) => (args.paradigms.resumed(given, &standing.meta.options)?, Length::default()),
+        None => phases::fresh(args, &given)?,
     };
     if saved.is_some() {
         args.phase.resumed(&hyper)?;
@@ -133,7 +149,20 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     if let Some(start) = &start {
         same_architecture(start, &model)?;
     }
-    let plan = plan_of(&model, &mut hyper, args)?;
+    if saved.is_none() {
+        if args.paradigms.any() && hyper.phase != Phase::Pretrain {
+            return Err(Failure::usage(
+                "paradigms are for training on text; leave them out, or choose --phase pretrain",
+            ));
+        }
+        let left = paradigms::choose(&args.paradigms, &mut hyper, &model)?;
+        left.iter().for_each(|line| reporter.say(line));
+    }
+    let stage = saved.as_ref().map_or(Stage::default(), |s| s.meta.progress.stage);
+    let plan = plan_of(&model, &mut hyper, stage, args)?;
+    if hyper.paradigms.fused_cache {
+        reporter.say(&fused::shared_codes(&plan)?);
+    }
     let mut course = Course::of(&hyper, &vocab, &tokens)?;
     if let (None, None, None, Some(steps)) = (&saved, args.steps, args.seconds, length.steps(&course, &hyper)) {
         hyper.steps = Some(steps);
@@ -141,21 +170,32 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
             hyper.warmup = hyper.warmup.min(steps / 10);
         }
     }
+    let stages = hyper.paradigms.stages(&hyper, &model.config);
+    if args.exec.trace.trace.is_some() && stages != Stages::default() {
+        return Err(Failure::usage(
+            "--trace is about one plan, and the run has one for each stage; leave --growlength and --progressive-unfreeze out",
+        ));
+    }
     if let Some(standing) = &saved {
         same_run(standing, &plan, &course.data())?;
     }
     let writing = args.watch.writing(&vocab)?;
-    let mut exec = Executable::new(plan, &args.exec.exec())?;
+    let planner = Planner {
+        config: model.config.clone(),
+        hyper: hyper.clone(),
+        further: args.watch.entries(),
+        run: args.exec.clone(),
+    };
+    let mut trainer = planner.trainer_of(plan)?;
     let mut meta = Meta {
-        config: exec.plan().config.clone(),
+        config: trainer.exec().plan().config.clone(),
         vocab: vocab.to_text(),
         options: String::new(),
         data: course.data(),
         progress: Progress::default(),
     };
-    args.exec.trace.start(&mut exec);
-    let mut trainer =
-        Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
+    args.exec.trace.start(trainer.exec_mut());
+    trainer = trainer.in_stages(Box::new(planner), stage);
     // The folder is taken before it is filled: a second process finds it locked.
     let journal = Some(match &saved {
         Some(standing) => standing.continue_in(&folder)?,
@@ -177,6 +217,9 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
                     "warning: this phase starts from random weights; name those that it is to go on with by --from",
                 );
             }
+            for (name, dims, values) in hyper.paradigms.reservoir(&model.config, hyper.seed) {
+                trainer.exec_mut().set_weight(&name, &dims, &values)?;
+            }
             None
         }
     };
@@ -188,9 +231,6 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         }
     }
     meta.options = serde_json::to_string(&hyper).map_err(|e| Failure::new(e.to_string()))?;
-    if let (None, Some(path)) = (&saved, &hyper.fisher) {
-        weights::read_scores(path, trainer.exec_mut())?;
-    }
     if let Some((file, unused)) = loaded {
         weights::report_unused(file, &model.config, &unused).iter().for_each(|line| reporter.say(line));
     }
@@ -203,7 +243,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
         lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
     }
-    let options = run_options(args, &hyper, folder, writing)?;
+    let options = run_options(args, &hyper, stages, folder, writing)?;
     let mut run = Run {
         trainer: &mut trainer,
         batches: course.feed(),
@@ -216,6 +256,10 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let outcome = run.train(&options, &|| interrupt.requested(), &mut |event| reporter.hear(event));
     reporter.finish();
     let progress = run.progress;
+    if let Some((found, all)) = trainer.found() {
+        let line = format!("{found} of {all} rows of frozen layers were found in memory");
+        reporter.note("prefix", progress.step, &line, json!({ "found": found, "rows": all }))?;
+    }
     args.exec.trace.finish(trainer.exec_mut())?;
     if let Err(e) = &outcome {
         // A full disk takes no more lines; what ended the run is said in any case.
@@ -295,11 +339,11 @@ pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failu
     let mut hyper = HyperArgs::default().resumed(&standing.meta.options)?;
     let options = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
     let model = Model::open(&model_of(standing, &hyper, &options), None)?;
-    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), vec![], args)?;
+    let stage = standing.meta.progress.stage;
+    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), stage, vec![], args)?;
     same_run(standing, &plan, &standing.meta.data)?;
-    let exec = Executable::new(plan, &args.exec())?;
-    let mut trainer =
-        Trainer::new(exec, hyper.seed)?.with_depths(depths(&model.config)).in_parts(hyper.accumulate as usize);
+    let planner = Planner { config: model.config.clone(), hyper: hyper.clone(), further: vec![], run: args.clone() };
+    let mut trainer = planner.trainer_of(plan)?.in_stages(Box::new(planner), stage);
     let data = trainer.needs_data() && !standing.trail.steps.is_empty() && !hyper.data.is_empty();
     let course = if data { Some(Course::again(standing, &hyper, &mut trainer)?) } else { None };
     standing.restore(&mut trainer, course.as_ref().map(Course::feed))?;
@@ -445,22 +489,23 @@ fn refuse_packed(model: &Model) -> Result<(), Failure> {
 }
 
 /// The plan of the run; a plan that was named decides shape and estimator.
-fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failure> {
+fn plan_of(model: &Model, hyper: &mut Hyper, stage: Stage, args: &Args) -> Result<Plan, Failure> {
     if let (Source::Plan(_), Some(path)) = (&model.source, args.model.path()) {
         hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
     }
-    plan_with(model, hyper, &args.hyper, args.watch.entries(), &args.exec)
+    plan_with(model, hyper, &args.hyper, stage, args.watch.entries(), &args.exec)
 }
 
 fn plan_with(
     model: &Model,
     hyper: &mut Hyper,
     given: &HyperArgs,
+    stage: Stage,
     further: Vec<EntrySpec>,
     run: &ExecArgs,
 ) -> Result<Plan, Failure> {
     let Source::Plan(plan) = &model.source else {
-        return training_plan(&model.config, hyper, further, run);
+        return stage_plan(&model.config, hyper, stage, further, run);
     };
     let first = plan.entry("dual_loss").or(plan.entry("backward"));
     let port = first.and_then(|e| e.inputs.iter().find(|p| p.0 == "tokens"));
@@ -481,7 +526,7 @@ fn introduction(model: &Model, vocab: &Vocab, course: &Course, trainer: &Trainer
         hyper.batch,
         hyper.seq_len,
         trainer.exec().threads(),
-        trainer.exec().bytes() >> 20,
+        trainer.bytes() >> 20,
     )
 }
 
@@ -509,11 +554,18 @@ fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
     })
 }
 
-fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf, writing: Option<Writing>) -> Result<RunOptions, Failure> {
+fn run_options(
+    args: &Args,
+    hyper: &Hyper,
+    stages: Stages,
+    folder: PathBuf,
+    writing: Option<Writing>,
+) -> Result<RunOptions, Failure> {
     let decay = hyper.lr_decay.parse().map_err(Failure::corrupted)?;
     Ok(RunOptions {
         budget: Budget { steps: hyper.steps, seconds: hyper.seconds },
         schedule: Schedule { peak: hyper.lr, warmup: hyper.warmup, decay, floor: hyper.lr_floor },
+        stages,
         measure: args.val_every,
         validation_rows: usize::try_from(args.val_tokens / u64::from(hyper.seq_len)).unwrap_or(usize::MAX).max(1),
         save_every: args.save_every,

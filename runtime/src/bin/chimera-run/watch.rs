@@ -164,6 +164,9 @@ impl Reporter {
                 self.step = r.to;
                 self.note("rollback", r.at, &line, json!({ "to": r.to, "rollbacks": r.rollbacks }))
             }
+            Event::Stage { step, sentence } => {
+                self.note("stage", step, &format!("behind step {step}: {sentence}"), Value::Null)
+            }
             Event::Text { step, text } => self.note(
                 "text",
                 step,

@@ -62,7 +62,7 @@ impl Course {
             Phase::Pretrain => {
                 let data = fingerprint(tokens);
                 let Split { train, validation } = text::split(tokens, fraction, vocab.end_of_document())?;
-                Course::Text { train: Batches::mixed(train, seq, seed)?, held: validation, data }
+                Course::Text { train: hyper.paradigms.batches(train, hyper)?, held: validation, data }
             }
             Phase::CtxExtend { stages } => {
                 let data = fingerprint(tokens);

@@ -165,11 +165,11 @@ impl Length {
 ///
 /// # Errors
 /// A phase without its data, options without a meaning, or a configuration that cannot be read.
-pub fn fresh(args: &Args) -> Result<(Hyper, Length), Failure> {
+pub fn fresh(args: &Args, options: &HyperArgs) -> Result<(Hyper, Length), Failure> {
     let given = &args.phase;
     let name = given.phase.unwrap_or(PhaseName::Pretrain);
     given.refuse(name)?;
-    let Some(_) = given.phase else { return Ok((args.hyper.checked()?, Length::default())) };
+    let Some(_) = given.phase else { return Ok((options.checked()?, Length::default())) };
     let model = Model::open(&args.model, None)?;
     if matches!(model.source, Source::Plan(_)) && name != PhaseName::Pretrain {
         return Err(Failure::usage(format!(
@@ -187,7 +187,7 @@ pub fn fresh(args: &Args) -> Result<(Hyper, Length), Failure> {
             "--field and --binary have no meaning for --phase dpo, whose records have the fields prompt, chosen and rejected; leave them out",
         ));
     }
-    let mut hyper = filled(&args.hyper, name, own, described(PhaseKind::Pretrain)).checked()?;
+    let mut hyper = filled(options, name, own, described(PhaseKind::Pretrain)).checked()?;
     hyper.phase = match name {
         PhaseName::Pretrain => Phase::Pretrain,
         PhaseName::CtxExtend => {

@@ -1,4 +1,4 @@
-//! What a comparison of estimators shows: figures as a table and as JSON, and one page with their curves.
+//! What a comparison of runs shows: figures as a table and as JSON, and one page with their curves.
 //!
 //! Invariant: every number comes from the records of the runs; what was not measured is left open.
 
@@ -19,10 +19,36 @@ pub enum Ending {
     Failed(String),
 }
 
+/// What runs are compared for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// Each has an estimator of its own.
+    Estimators,
+    /// Each has paradigms of its own.
+    Paradigms,
+}
+
+impl Subject {
+    /// What a run stands for, in tables and JSON.
+    fn one(self) -> &'static str {
+        match self {
+            Subject::Estimators => "estimator",
+            Subject::Paradigms => "run",
+        }
+    }
+
+    fn title(self) -> &'static str {
+        match self {
+            Subject::Estimators => "Estimators compared",
+            Subject::Paradigms => "Paradigms of training measured",
+        }
+    }
+}
+
 /// One run of the comparison.
 #[derive(Clone, Debug)]
 pub struct Contender {
-    /// Name of the estimator.
+    /// What it stands for.
     pub name: String,
     /// Folder of the run.
     pub folder: PathBuf,
@@ -37,6 +63,8 @@ pub struct Contender {
 /// All runs, and what they have in common.
 #[derive(Clone, Debug)]
 pub struct Comparison {
+    /// What for.
+    pub subject: Subject,
     /// In the order in which they were made.
     pub contenders: Vec<Contender>,
     /// Seconds that each of them was given.
@@ -47,14 +75,14 @@ pub struct Comparison {
 
 /// The figures of one run.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Figures {
+pub(super) struct Figures {
     steps: u64,
     data_tokens: f64,
     /// Tokens a second within steps.
-    data_rate: Option<f64>,
+    pub(super) data_rate: Option<f64>,
     forward_rate: Option<f64>,
     /// Held-out losses.
-    last: Option<f64>,
+    pub(super) last: Option<f64>,
     best: Option<f64>,
     /// Seconds until the held-out loss was at most [`Comparison::worst`].
     to_worst: Option<f64>,
@@ -75,14 +103,14 @@ impl Contender {
         self.events.iter().find(|e| e["event"] == "start")
     }
 
-    fn figures(&self, held: &str, worst: Option<f64>) -> Figures {
+    pub(super) fn figures(&self, held: &str, worst: Option<f64>) -> Figures {
         let sum = |key: &str| self.steps.iter().filter_map(|l| number(l, key)).sum::<f64>();
         let rate = |key: &str| Some(sum(key) / sum("dt")).filter(|r| r.is_finite());
         let measured: Vec<[f64; 2]> = self.column(seconds, held).collect();
         let reached = |p: &&[f64; 2]| worst.is_some_and(|worst| p[1] <= worst);
         Figures {
             steps: self.steps.last().and_then(|l| l["step"].as_u64()).unwrap_or(0),
-            data_tokens: self.steps.last().map_or(0.0, tokens),
+            data_tokens: sum("data_tokens"),
             data_rate: rate("data_tokens"),
             forward_rate: rate("forward_tokens"),
             last: measured.last().map(|p| p[1]),
@@ -96,7 +124,7 @@ impl Contender {
 
 impl Comparison {
     /// The keys of training loss and held-out loss, and their unit.
-    fn keys(&self) -> (&'static str, &'static str, &'static str) {
+    pub(super) fn keys(&self) -> (&'static str, &'static str, &'static str) {
         loss_keys(self.contenders.iter().map(|c| &c.steps[..]).find(|steps| !steps.is_empty()).unwrap_or(&[]))
     }
 
@@ -112,7 +140,7 @@ impl Comparison {
         let worst = self.worst();
         let open = || "-".to_owned();
         let head = [
-            "estimator".to_owned(),
+            self.subject.one().to_owned(),
             "steps".to_owned(),
             "data tokens/s".to_owned(),
             "forward tokens/s".to_owned(),
@@ -148,17 +176,7 @@ impl Comparison {
     /// The table for people, a line for each run.
     pub fn table(&self) -> String {
         let (head, rows) = self.cells();
-        let width = |i: usize| rows.iter().chain([&head]).map(|r| r[i].chars().count()).max().unwrap_or(0);
-        let widths: [usize; 9] = std::array::from_fn(width);
-        let mut out = String::new();
-        for row in [&head].into_iter().chain(&rows) {
-            let _ = write!(out, "{:<1$}", row[0], widths[0]);
-            for (cell, width) in row.iter().zip(widths).skip(1) {
-                let _ = write!(out, "  {cell:>width$}");
-            }
-            out.push('\n');
-        }
-        out
+        aligned(&head, &rows)
     }
 
     /// The same for programs. Times are seconds, memory bytes, losses in `unit`; points of `held_out` are seconds, tokens of data, loss.
@@ -174,7 +192,7 @@ impl Comparison {
             };
             let point = |l: &Value| Some([seconds(l), tokens(l), number(l, held)?]);
             json!({
-                "estimator": c.name,
+                (self.subject.one()): c.name,
                 "folder": c.folder.display().to_string(),
                 "outcome": outcome,
                 "error": error,
@@ -195,18 +213,21 @@ impl Comparison {
             "seed": self.seed,
             "unit": unit,
             "worst": worst,
-            "estimators": self.contenders.iter().map(of).collect::<Vec<_>>(),
+            (format!("{}s", self.subject.one())): self.contenders.iter().map(of).collect::<Vec<_>>(),
         })
     }
 
-    /// One page, which needs nothing outside of itself.
-    pub fn page(&self) -> String {
-        document("Estimators compared", |out| {
+    /// One page, which needs nothing outside of itself; `first` writes what stands in front of the figures.
+    pub fn page(&self, first: impl FnOnce(&mut String)) -> String {
+        document(self.subject.title(), |out| {
             let _ = writeln!(
                 out,
-                "<p>A fresh model for each estimator: the same configuration, data, vocabulary and seed ({}), {} seconds each, one after the other. Resident memory is that of the whole process and has what earlier runs left; the memory of a plan is that of its run alone.</p>",
-                self.seed, self.seconds
+                "<p>A fresh model for each {}: the same configuration, data, vocabulary and seed ({}), {} seconds each, one after the other. Resident memory is that of the whole process and has what earlier runs left; the memory of a plan is that of its run alone.</p>",
+                self.subject.one(),
+                self.seed,
+                self.seconds
             );
+            first(out);
             self.figures(out);
             self.charts(out);
             self.beginnings(out);
@@ -215,19 +236,7 @@ impl Comparison {
 
     fn figures(&self, out: &mut String) {
         let (head, rows) = self.cells();
-        out.push_str("<table class=\"figures\"><tr>");
-        for name in &head {
-            let _ = write!(out, "<th>{}</th>", escape(name));
-        }
-        out.push_str("</tr>\n");
-        for row in &rows {
-            out.push_str("<tr>");
-            for cell in row {
-                let _ = write!(out, "<td>{}</td>", escape(cell));
-            }
-            out.push_str("</tr>\n");
-        }
-        out.push_str("</table>\n");
+        tabled(out, &head, &rows);
     }
 
     fn charts(&self, out: &mut String) {
@@ -262,7 +271,7 @@ impl Comparison {
 
     /// What each run was begun with, and what ended it early.
     fn beginnings(&self, out: &mut String) {
-        out.push_str("<h2>Runs</h2>\n<table><tr><th>estimator</th><th>folder</th><th></th></tr>\n");
+        let _ = writeln!(out, "<h2>Runs</h2>\n<table><tr><th>{}</th><th>folder</th><th></th></tr>", self.subject.one());
         for c in &self.contenders {
             let sentence = c.start().and_then(|e| e["sentence"].as_str()).unwrap_or("");
             let (kind, ended) = match &c.ending {
@@ -283,17 +292,49 @@ impl Comparison {
     }
 }
 
+/// A table for people: the first column to the left, the others to the right.
+pub(super) fn aligned<const N: usize>(head: &[String; N], rows: &[[String; N]]) -> String {
+    let width = |i: usize| rows.iter().chain([head]).map(|r| r[i].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut out = String::new();
+    for row in [head].into_iter().chain(rows) {
+        let _ = write!(out, "{:<1$}", row[0], widths[0]);
+        for (cell, width) in row.iter().zip(widths).skip(1) {
+            let _ = write!(out, "  {cell:>width$}");
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// The same on a page.
+pub(super) fn tabled<const N: usize>(out: &mut String, head: &[String; N], rows: &[[String; N]]) {
+    out.push_str("<table class=\"figures\"><tr>");
+    for name in head {
+        let _ = write!(out, "<th>{}</th>", escape(name));
+    }
+    out.push_str("</tr>\n");
+    for row in rows {
+        out.push_str("<tr>");
+        for cell in row {
+            let _ = write!(out, "<td>{}</td>", escape(cell));
+        }
+        out.push_str("</tr>\n");
+    }
+    out.push_str("</table>\n");
+}
+
 fn mebibytes(bytes: f64) -> f64 {
     bytes / f64::from(1 << 20)
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::{STYLE, tests::balanced};
     use super::*;
     use crate::estimators::ESTIMATORS;
 
-    fn contender(name: &str, held: &[Option<f64>], ending: Ending) -> Contender {
+    pub(in super::super) fn contender(name: &str, held: &[Option<f64>], ending: Ending) -> Contender {
         let step = |(i, held): (usize, &Option<f64>)| {
             json!({ "step": i + 1, "seconds": 2.0 * (i + 1) as f64, "dt": 0.5, "data_tokens": 32, "forward_tokens": 64,
                 "loss": 3.0, "bits_per_byte": 4.0, "val_bits_per_byte": held, "memory": (i + 1) << 20 })
@@ -312,7 +353,7 @@ mod tests {
             contender("slow", &[Some(6.0), None, Some(4.0)], Ending::Stopped),
             contender("none", &[], Ending::Failed("a <loss>".into())),
         ];
-        Comparison { contenders, seconds: 9, seed: 7 }
+        Comparison { subject: Subject::Estimators, contenders, seconds: 9, seed: 7 }
     }
 
     #[test]
@@ -353,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_page_holds_together_and_has_a_colour_for_each() {
-        let page = comparison().page();
+        let page = comparison().page(|_| {});
         balanced(&page);
         assert_eq!(page.matches("<svg").count(), 5);
         for what in [
@@ -368,7 +409,7 @@ mod tests {
             assert!(page.contains(what), "no {what:?}");
         }
         assert!(!page.contains("http:") && !page.contains("src="), "nothing from outside");
-        balanced(&Comparison { contenders: vec![], ..comparison() }.page());
+        balanced(&Comparison { contenders: vec![], ..comparison() }.page(|_| {}));
         assert!((0..ESTIMATORS.len()).all(|i| STYLE.contains(&format!(".s{i}{{--own:"))));
     }
 }

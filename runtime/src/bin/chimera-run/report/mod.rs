@@ -4,6 +4,7 @@
 
 mod chart;
 pub mod comparison;
+pub mod factors;
 
 use crate::options::Failure;
 use chart::{Labels, Mark, Series, chart, escape};
@@ -20,7 +21,7 @@ const MAX_TEXTS: usize = 24;
 /// Events that are listed, the latest ones.
 const MAX_EVENTS: usize = 200;
 /// Events that are marked in charts.
-const MARKED: [&str; 5] = ["rollback", "resume", "memory", "damage", "failure"];
+const MARKED: [&str; 6] = ["rollback", "resume", "memory", "damage", "failure", "stage"];
 
 /// Options of `report`.
 #[derive(clap::Args, Clone, Debug)]
@@ -59,9 +60,10 @@ fn number(line: &Value, key: &str) -> Option<f64> {
     line.get(key).and_then(Value::as_f64)
 }
 
-/// Data tokens behind a step.
+/// Position in the data behind a step, in tokens.
 fn tokens(line: &Value) -> f64 {
-    number(line, "step").unwrap_or(0.0) * number(line, "data_tokens").unwrap_or(0.0)
+    let even = || number(line, "step").unwrap_or(0.0) * number(line, "data_tokens").unwrap_or(0.0);
+    number(line, "position").unwrap_or_else(even)
 }
 
 fn seconds(line: &Value) -> f64 {
@@ -254,7 +256,10 @@ h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 figure{margin:0}figcaption{font-weight:600}svg{width:100%;height:auto}svg text{font-size:11px;fill:var(--soft)}
 .grid{stroke:var(--grid)}.line{fill:none;stroke-width:1.6}.band{stroke:none;opacity:.22}
 .s0{--own:light-dark(#2563c9,#6aa5ff)}.s1{--own:light-dark(#c2410c,#ff9d5c)}.s2{--own:light-dark(#087443,#4cc38a)}
-.s3{--own:light-dark(#7a3fc4,#b794f6)}.s4{--own:light-dark(#a3145c,#ff7eb6)}.line{stroke:var(--own)}.band,.dot{fill:var(--own)}
+.s3{--own:light-dark(#7a3fc4,#b794f6)}.s4{--own:light-dark(#a3145c,#ff7eb6)}.s5{--own:light-dark(#0e7490,#67d8ef)}
+.s6{--own:light-dark(#854d0e,#f2c14e)}.s7{--own:light-dark(#4d5b1e,#b8cf5e)}.s8{--own:light-dark(#5b6472,#aab4c3)}
+.s9{--own:light-dark(#be5a83,#f5b3cf)}.s10{--own:light-dark(#3d3fa8,#a4a6ff)}.s11{--own:light-dark(#7c2d12,#e08a6a)}
+.line{stroke:var(--own)}.band,.dot{fill:var(--own)}
 .mark{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:4 3}.mark.rollback,.mark.failure,.mark.memory{stroke:var(--bad)}.mark.resume{stroke:var(--ok)}
 .legend{margin:0;font-size:.85rem;color:var(--soft)}.key::before{content:'';display:inline-block;width:1.2em;height:.25em;margin-right:.4em;vertical-align:middle;background:var(--own)}
 .none{color:var(--soft)}
