@@ -3,6 +3,7 @@
 //! The result is data; nothing here runs a model, and nothing here generates machine code.
 
 mod assemble;
+pub mod budget;
 pub mod descend;
 pub mod estimators;
 mod fuse;
@@ -15,6 +16,7 @@ mod rebuild;
 pub mod tuning;
 pub mod update;
 
+pub use budget::MemoryBudget;
 pub use descend::Descent;
 pub use estimators::{FISHER, Family, Mask, Mode, PerSequence, Scheme, Score, Shared};
 pub use fuse::Decisions;

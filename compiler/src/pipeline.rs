@@ -19,6 +19,7 @@ use chimera_ir::{
 
 use crate::{
     assemble::Assembler,
+    budget::{self, MemoryBudget},
     descend::{self, Descent},
     estimators::{
         Mask, Scheme,
@@ -132,6 +133,8 @@ pub struct Options {
     pub tuning: Option<Table>,
     /// Threads that kernels are laid out for; any number may run them.
     pub threads: usize,
+    /// Memory to keep to: gradients make parts of the forward pass again where all of it would take more.
+    pub budget: Option<MemoryBudget>,
 }
 
 impl Options {
@@ -160,6 +163,7 @@ impl Default for Options {
             max_rewrites: u64::MAX,
             tuning: None,
             threads: tuning::THREADS,
+            budget: None,
         }
     }
 }
@@ -178,6 +182,13 @@ pub enum CompileError {
     },
     /// An option has no meaning.
     Option(String),
+    /// No choice of what gradients make again keeps to the budget.
+    Budget {
+        /// Bytes that are allowed.
+        budget: u64,
+        /// Bytes that would do.
+        least: u64,
+    },
     /// A dump could not be written.
     Dump(PathBuf, io::Error),
     /// Compilation ended early because it was asked to; the graphs as text.
@@ -189,6 +200,11 @@ impl fmt::Display for CompileError {
         match self {
             CompileError::Infer { entry, stage, error } => write!(f, "entry point {entry}, stage {stage}: {error}"),
             CompileError::Option(why) => f.write_str(why),
+            CompileError::Budget { budget, least } => write!(
+                f,
+                "the budget is {budget} bytes, expected at least {least} ({} MiB): gradients make again all that they can and need so much; give that, smaller batches or shorter rows",
+                least.div_ceil(1 << 20)
+            ),
             CompileError::Dump(path, error) => write!(f, "cannot write {}: {error}", path.display()),
             CompileError::Stopped(_) => f.write_str("stopped as asked"),
         }
@@ -404,15 +420,28 @@ fn stages(
             g = sweep(&prepare.hoist(&g).map_err(Stages::error("hoist", name))?);
         }
         stages.show("hoist", name, &g)?;
-        entries.push((name, g, shared));
+        let differentiated = matches!(kind, EntryKind::Grad | EntryKind::Backward { .. });
+        entries.push(Prepared { name, g, shared, differentiated });
     }
     let prepare = sweep(&prepare.finish());
     if !prepare.outputs.is_empty() {
-        entries.insert(0, ("prepare", prepare, (0, 0)));
+        entries.insert(0, Prepared { name: "prepare", g: prepare, shared: (0, 0), differentiated: false });
     }
     stages.stop("hoist")?;
+    let mut plan = plan;
+    if let Some(allowed) = options.budget {
+        let empty = Assembler::new(Plan::default(), kinds, options.tuning()?);
+        for (name, policy) in budget::fit(&mut entries, &empty, stages.budget, allowed)? {
+            plan.options.push((format!("recompute in {name}"), policy.text()));
+        }
+        plan.options.push(("budget".to_owned(), allowed.to_string()));
+    }
+    for entry in &entries {
+        stages.show("recompute", entry.name, &entry.g)?;
+    }
+    stages.stop("recompute")?;
     let mut assembler = Assembler::new(plan, kinds, options.tuning()?);
-    for (name, g, shared) in entries {
+    for Prepared { name, g, shared, .. } in entries {
         let mut decisions = Decisions::new();
         let items = fuse(&g, &mut stages.budget, &mut decisions);
         if options.stop_after.as_deref() == Some("fuse") {
@@ -424,6 +453,17 @@ fn stages(
     stages.stop("fuse")?;
     let plan = assembler.finish();
     Ok(plan)
+}
+
+/// An entry point whose graph is done.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub name: &'static str,
+    pub g: Graph,
+    /// Operations that probes have in common, and all of them.
+    pub shared: (u64, u64),
+    /// Whether it has gradients.
+    pub differentiated: bool,
 }
 
 /// Runs passes with verification, dumps, and the wish to stop.

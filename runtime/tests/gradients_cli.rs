@@ -99,6 +99,39 @@ fn parts_of_a_batch_add_up() {
     assert_eq!(code, Some(0), "{stderr}");
 }
 
+/// What the run says of memory: predicted and measured bytes.
+fn said(place: &Place, folder: &str) -> [f64; 2] {
+    let events = fs::read_to_string(place.path(&format!("{folder}/events.jsonl"))).expect("events");
+    let lines = events.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).expect("JSON"));
+    let line = lines.into_iter().find(|l| l["event"] == "memory").expect("a line about memory");
+    ["predicted", "measured"].map(|key| line[key].as_f64().expect("a number"))
+}
+
+#[test]
+fn memory_keeps_to_its_budget() {
+    let place = Place::new();
+    let shape = ["train", "--scale", "nano", "--data", "data.txt", "--batch", "12", "--seq-len", "128", "--steps", "1"];
+    let train = |words: &[&str]| {
+        place.run(&[&shape[..], &["--estimator", "adamw", "--threads", "2", "--val-every", "0"], words].concat())
+    };
+    let (code, _, stderr) = train(&["--out", "free"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let [predicted, measured] = said(&place, "free");
+    assert!((predicted / measured - 1.0).abs() < 0.05, "predicted {predicted}, measured {measured}");
+    let (code, _, stderr) = train(&["--out", "none", "--budget", "20M"]);
+    assert!(code == Some(4) && !place.path("none").exists(), "{code:?}: {stderr}");
+    let least = stderr.split("at least ").nth(1).and_then(|t| t.split(' ').next()).expect("the least").to_owned();
+    let budget = least.parse::<f64>().expect("a number") * 1.05;
+    assert!(budget < 0.7 * predicted, "{budget} of {predicted}");
+    let (code, _, stderr) = train(&["--out", "tight", "--budget", &format!("{budget:.0}")]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let [predicted, measured] = said(&place, "tight");
+    assert!((predicted / measured - 1.0).abs() < 0.05, "predicted {predicted}, measured {measured}");
+    assert!(measured < 1.05 * budget, "{measured} of {budget}");
+    let [free, tight] = ["free", "tight"].map(|run| place.tensors(&format!("{run}/step-00000001.b158")));
+    assert!(free == tight, "the same step");
+}
+
 #[test]
 fn replay_without_the_data_says_so() {
     let place = Place::new();

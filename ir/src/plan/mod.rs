@@ -3,12 +3,14 @@
 //! Buffers say where bytes lie, kernels what is computed, steps in which order. Machine code is never part of a plan.
 
 mod crc32c;
+mod memory;
 #[cfg(test)]
 mod tests;
 mod text;
 mod tree;
 mod verify;
 
+pub use memory::Memory;
 pub use text::{PlanError, from_bytes, from_text, to_bytes, to_text};
 pub use verify::{MAX_BYTES, MAX_LOOP, verify};
 

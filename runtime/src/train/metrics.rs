@@ -239,8 +239,23 @@ impl fmt::Display for Short {
 
 /// Resident memory of this process in bytes, where the system tells it.
 pub fn resident_bytes() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// The most resident memory that this process has had so far in bytes, where the system tells it.
+pub fn peak_bytes() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// Lets [`peak_bytes`] begin anew with what is resident now, where the system can.
+pub fn forget_peak() {
+    // Without it the peak is that of the whole process, which is right for one run.
+    let _ = fs::write("/proc/self/clear_refs", "5");
+}
+
+fn status(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes << 10)
 }

@@ -11,6 +11,7 @@ mod data;
 mod estimators;
 mod generate;
 mod hyper;
+mod memory;
 mod model;
 mod options;
 mod pack;

@@ -3,8 +3,9 @@
 //! Invariant: the first interrupt lets the running step end and its checkpoint be written; the second ends the process at once.
 
 use crate::hyper::Hyper;
+use crate::memory::compile_within;
 use crate::options::{Failure, RunOptions};
-use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Options};
 use chimera_frontends::config::{ModelConfig, parameters};
 use chimera_ir::plan::Plan;
 use chimera_runtime::train::Depths;
@@ -67,7 +68,8 @@ pub fn training_plan(
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
     let entries = [training_entries(config, hyper), further].concat();
-    Ok(compile(config, &Options { entries, trainable, ..run.compile()? })?)
+    let options = Options { entries, trainable, ..run.compile()? };
+    Ok(compile_within(config, options, run.budget, run.threads())?)
 }
 
 /// The entry points of a training plan.

@@ -5,6 +5,7 @@
 
 use crate::data::{DataArgs, Encoding};
 use crate::hyper::{Hyper, HyperArgs};
+use crate::memory::Prediction;
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::session::{Interrupt, depths, training_entries, training_plan};
@@ -125,6 +126,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         same_run(standing, &plan, &fingerprint)?;
     }
     let writing = args.watch.writing(&vocab)?;
+    let predicted = Prediction::of(&plan, &args.exec);
     let mut exec = Executable::new(plan, &args.exec.exec())?;
     let meta = Meta {
         config: exec.plan().config.clone(),
@@ -159,7 +161,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let records = Records::open(&folder, progress.step, args.watch.tensorboard)?;
     let mut reporter = Reporter::new(Some(records), args.json, args.quiet);
     let line = introduction(&model, &vocab, &batches, &validation, &trainer, &hyper);
-    reporter.note("start", progress.step, &line, summary(&trainer, &hyper, &vocab))?;
+    reporter.note("start", progress.step, &line, summary(&trainer, &hyper, &vocab, &predicted))?;
     if let Some(standing) = &saved {
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
         lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
@@ -182,7 +184,9 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         // A full disk takes no more lines; what ended the run is said in any case.
         drop(reporter.note("failure", progress.step, "the run ended by an error", json!({ "error": e.to_string() })));
     }
-    conclude(&options, outcome?, &progress, &mut reporter)
+    let outcome = outcome?;
+    predicted.compare(progress.step, &mut reporter)?;
+    conclude(&options, outcome, &progress, &mut reporter)
 }
 
 /// The state to go on with, if any, and the folder of the run.
@@ -472,7 +476,7 @@ fn introduction(
 }
 
 /// What the report of a run says of its plan.
-fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
+fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab, predicted: &Prediction) -> Value {
     let (exec, plan) = (trainer.exec(), trainer.exec().plan());
     let entries: Vec<String> = plan.entries.iter().map(|e| format!("{} {}", e.name, e.steps.len())).collect();
     let weights: usize = plan.weights.iter().map(|w| w.ty.bytes()).sum();
@@ -488,6 +492,9 @@ fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
             "tensors": plan.weights.len(),
             "bytes of weights and optimizer memory": weights,
             "bytes allocated": exec.bytes(),
+            "predicted peak of memory in bytes": predicted.total(),
+            "of it outside of the plan": predicted.outside,
+            "made again for gradients": plan.option("recompute in backward"),
             "kernels": plan.kernels.len(),
             "entry points and their steps": entries.join(", "),
         },
