@@ -17,7 +17,7 @@ pub mod tuning;
 pub mod update;
 
 pub use budget::MemoryBudget;
-pub use descend::Descent;
+pub use descend::{Descent, StateForm};
 pub use estimators::{FISHER, Family, Mask, Mode, PerSequence, Scheme, Score, Shared};
 pub use fuse::Decisions;
 pub use optimisers::Optimiser;

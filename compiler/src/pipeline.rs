@@ -14,7 +14,7 @@ use chimera_frontends::{
 use chimera_ir::{
     Graph,
     ops::{InferError, ScaleMode},
-    plan::{CODES, ESTIMATOR, MASK_REFRESH, Plan, SCALES, WeightKind},
+    plan::{AGREEMENT, CODES, ESTIMATOR, MASK_REFRESH, Plan, SCALES, WeightKind},
 };
 
 use crate::{
@@ -297,6 +297,9 @@ pub fn compile_observed(
     let mut plan = Plan { config: cfg.to_json().to_string(), target: options.target.clone(), ..Plan::default() };
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
+        if let EntryKind::Descend(descent) = &spec.kind {
+            plan.options.extend(descent.agreement().map(|numbers| (AGREEMENT.to_owned(), numbers)));
+        }
         if let EntryKind::DualLoss(scheme) = &spec.kind {
             plan.options.push((ESTIMATOR.to_owned(), scheme.comparison().name().to_owned()));
             if let Some(steps) = scheme.mask().refresh() {

@@ -38,10 +38,21 @@ impl Place {
 #[test]
 fn runs_learn_resume_and_replay() {
     let place = Place::new();
-    for (estimator, memory) in [("adamw", "optim.v."), ("sgd", "optim.m."), ("chimera21", "optim.psi.")] {
-        let whole = format!("{estimator}-whole");
+    let (none, bytes) = (&[][..], &["--state", "8bit"][..]);
+    let gated = &["--kappa-gate", "noise-ratio", "--psi-bytes"][..];
+    for (i, (estimator, options, memory)) in [
+        ("adamw", none, "optim.v."),
+        ("adamw", bytes, "optim.v8."),
+        ("sgd", none, "optim.m."),
+        ("chimera21", none, "optim.psi."),
+        ("chimera21", gated, "optim.psi."),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let whole = format!("{i}-whole");
         let words = ["--estimator", estimator, "--threads", "2", "--steps", "12", "--json", "--out", &whole];
-        let (code, stdout, stderr) = place.train(&words);
+        let (code, stdout, stderr) = place.train(&[&words[..], options].concat());
         assert_eq!((code, stdout.lines().count()), (Some(0), 12), "{stderr}");
         let steps: Vec<serde_json::Value> = stdout.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
         let loss = |i: usize| steps[i]["loss"].as_f64().expect("a loss");
@@ -53,9 +64,9 @@ fn runs_learn_resume_and_replay() {
         assert!(code == Some(0) && page.contains("norm of the gradient") && !page.contains("probes' diff"), "{stderr}");
 
         // Five steps, then a process that is killed: the journal has them, the checkpoint behind them is gone.
-        let parts = format!("{estimator}-parts");
-        let (code, _, stderr) =
-            place.train(&["--estimator", estimator, "--threads", "1", "--steps", "5", "--out", &parts]);
+        let parts = format!("{i}-parts");
+        let words = ["--estimator", estimator, "--threads", "1", "--steps", "5", "--out", &parts];
+        let (code, _, stderr) = place.train(&[&words[..], options].concat());
         assert_eq!(code, Some(0), "{stderr}");
         fs::remove_file(place.path(&format!("{parts}/step-00000005.b158"))).expect("removed");
         let (code, stdout, stderr) = place.run(&["replay", &parts, "--to", "3", "--threads", "1"]);
@@ -133,6 +144,30 @@ fn memory_keeps_to_its_budget() {
 }
 
 #[test]
+fn the_agreement_of_gradients_is_in_the_metrics() {
+    let place = Place::new();
+    let measured = |words: &[&str]| -> serde_json::Value {
+        let first =
+            ["train", "model.json", "--data", "data.txt", "--batch", "4", "--seq-len", "16", "--val-every", "1"];
+        let (code, stdout, stderr) = place.run(&[&first[..], &["--json"], words].concat());
+        assert_eq!(code, Some(0), "{stderr}");
+        serde_json::from_str(stdout.lines().last().expect("a line")).expect("JSON")
+    };
+    let of = |line: &serde_json::Value, key: &str| line["agreement"][key].as_f64().expect("a number");
+    let first = measured(&["--estimator", "chimera21", "--steps", "1", "--out", "a"]);
+    // One gradient agrees with its own mean: psi is 0.05 where there is one, and both magnitudes are the same.
+    let [psi, kappa, noise] = ["psi", "kappa_max", "noise"].map(|key| of(&first, key));
+    assert!(psi > 0.02 && psi < 0.0501 && (kappa - 0.005f64.exp()).abs() < 1e-6, "{first}");
+    assert!(noise > 0.4 && noise < 1.01 && of(&first, "gate") == 1.0 && of(&first, "step_norm") > 0.0, "{first}");
+    let gated = ["--kappa-gate", "noise-ratio", "--psi-bytes"];
+    let later = measured(&[&["--estimator", "chimera21", "--steps", "6", "--out", "b"], &gated[..]].concat());
+    let [least, kappa, most, gate] = ["kappa_min", "kappa", "kappa_max", "gate"].map(|key| of(&later, key));
+    assert!(0.9 < least && least < kappa && kappa < most && most < 1.11 && gate < 0.999, "{later}");
+    let other = measured(&["--estimator", "adamw", "--steps", "1", "--out", "c"]);
+    assert!(other["agreement"].is_null(), "{other}");
+}
+
+#[test]
 fn replay_without_the_data_says_so() {
     let place = Place::new();
     let (code, _, stderr) = place.train(&["--estimator", "sgd", "--steps", "2", "--out", "run"]);
@@ -153,6 +188,9 @@ fn options_of_other_estimators_are_refused() {
         (&["--estimator", "sgd", "--zero-gradient", "freeze"], "choose --estimator chimera21"),
         (&["--estimator", "adamw", "--clip=-1"], "expected a number of at least 0"),
         (&["--estimator", "adamw", "--accumulate", "3"], "does not divide the batch of 4 rows"),
+        (&["--estimator", "sgd", "--state", "8bit"], "choose --estimator adamw"),
+        (&["--estimator", "adamw", "--psi-bytes"], "choose --estimator chimera21"),
+        (&["--estimator", "adamw", "--state", "8bit", "--beta2", "0.999"], "expected at most 0.99"),
         (&["--estimator", "adam"], "adamw"),
     ] {
         let (code, _, stderr) = place.train(&[words, &["--steps", "1", "--out", "none"]].concat());

@@ -91,6 +91,9 @@ impl WeightKind {
 
 /// The compile option that says how the losses of probes are compared: a name of [`Comparison::ALL`].
 pub const ESTIMATOR: &str = "estimator";
+/// The compile option with the numbers of a rule that goes by the agreement of gradients: lambda, least and greatest kappa, eps, both
+/// betas, and where there is a gate its threshold and sharpness.
+pub const AGREEMENT: &str = "agreement";
 /// The compile option that says how many steps a kept mask lasts.
 pub const MASK_REFRESH: &str = "mask-refresh";
 

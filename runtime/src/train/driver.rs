@@ -4,6 +4,7 @@
 //! changes nothing. A step is in the journal before the next one begins.
 
 use super::TrainError;
+use super::agreement::Agreement;
 use super::checkpoint::{self, Meta};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
@@ -319,6 +320,10 @@ impl Run<'_> {
         if validated {
             self.measure(options, on)?;
         }
+        let agreement = match validated {
+            true => Agreement::of(self.trainer.exec(), step, lr)?,
+            false => None,
+        };
         let mut tally = LossTally::default();
         tally.add(probed.loss, batch, self.vocab);
         let resident = resident_bytes();
@@ -331,6 +336,7 @@ impl Run<'_> {
             ema,
             spread: probed.spread(),
             norm: self.trainer.needs_data().then(|| probed.c.iter().map(|&x| f64::from(x)).sum()),
+            agreement,
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             data_tokens: (batch.batch * batch.seq) as u64,

@@ -3,6 +3,7 @@
 //! Invariant: tokens of data and tokens of forward passes are never mixed; rates of both are reported apart.
 
 use super::TrainError;
+use super::agreement::Agreement;
 use crate::files::FileError;
 use crate::files::atomic::write_atomic;
 use serde_json::{Map, Value, json};
@@ -48,6 +49,8 @@ pub struct StepMetrics {
     pub spread: f64,
     /// Norm of the gradient before it is limited, where the step goes along one.
     pub norm: Option<f64>,
+    /// What the agreement of gradients does, where the rule goes by it and the step was measured.
+    pub agreement: Option<Agreement>,
     /// Latest measurement on held-out data.
     pub validation: Option<Validation>,
     /// Whether the measurement was made behind this step.
@@ -95,6 +98,9 @@ impl StepMetrics {
             Some(norm) => put("gradient_norm", json!(norm)),
             None => put("spread", json!(self.spread)),
         };
+        if let Some(agreement) = &self.agreement {
+            put("agreement", agreement.to_json());
+        }
         if let (true, Some(v)) = (self.validated, self.validation) {
             put("val", json!(v.nats_per_token));
             put("val_bits_per_byte", json!(v.bits_per_byte));
@@ -274,6 +280,7 @@ mod tests {
             ema: 3.5,
             spread: 0.02,
             norm: None,
+            agreement: None,
             validation: None,
             validated: false,
             data_tokens: 512,

@@ -3,6 +3,7 @@
 //! Invariant: after the same number of steps, weights, optimizer memory and data position depend on plan, seed, options and data alone,
 //! not on threads, interruptions or the clock (unless a time budget was asked for).
 
+pub mod agreement;
 mod backprop;
 pub mod checkpoint;
 mod compare;

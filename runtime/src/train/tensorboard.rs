@@ -66,6 +66,12 @@ impl EventFile {
         }
         put("speed/data_tokens_per_second", m.data_rate());
         put("speed/forward_tokens_per_second", m.forward_rate());
+        if let Some(a) = m.agreement {
+            put("agreement/psi", a.psi);
+            put("agreement/kappa", a.kappa);
+            put("agreement/noise", a.noise);
+            put("agreement/gate", a.gate);
+        }
         match m.norm {
             Some(norm) => put("estimator/gradient_norm", norm),
             None => put("estimator/spread", m.spread),
@@ -133,6 +139,7 @@ mod tests {
             ema: 3.25,
             spread: 0.125,
             norm: None,
+            agreement: None,
             validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5) }),
             validated: step == 300,
             data_tokens: 64,
