@@ -8,7 +8,7 @@ use chimera_ir::{
     ops::{
         AddTotal, Balance, Binary, BinaryFn, Descend, DescendBytes, DescentRates, DescentRule, InferError, RowSquares,
     },
-    plan::WeightKind,
+    plan::{QUANTISER, WeightKind},
 };
 
 use crate::{
@@ -98,7 +98,7 @@ pub fn graph(descent: &Descent, targets: &[Target]) -> Result<Graph, InferError>
         let ty = Type::f32(&t.dims);
         match t.kind {
             WeightKind::Optimizer | WeightKind::Packed => {}
-            WeightKind::Buffer if descent.balance > 0.0 => {
+            WeightKind::Buffer if descent.balance > 0.0 && !t.name.starts_with(QUANTISER) => {
                 let load = g.input(load_name(&t.name), Type::i32(&t.dims));
                 let bias = g.param(&t.name, ty);
                 let next = g.op(Balance { rate: descent.balance }, &[bias, load])?;

@@ -12,6 +12,7 @@ pub mod memory;
 pub mod optimisers;
 pub mod passes;
 pub mod pipeline;
+pub mod quantiser;
 mod rebuild;
 pub mod tuning;
 pub mod update;

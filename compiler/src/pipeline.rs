@@ -27,6 +27,7 @@ use crate::{
     },
     fuse::{Decisions, fuse},
     passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
+    quantiser,
     rebuild::sweep,
     tuning::{self, Table, Tuning},
     update::{self, Quantised, Target, UpdateRule},
@@ -56,6 +57,8 @@ pub enum EntryKind {
     Update(Scheme, UpdateRule),
     /// `update`: the step of a descent along the gradient that `backward` has left.
     Descend(Descent),
+    /// `adapt`: scales and threshold of a dynamic quantiser follow the weights.
+    Adapt,
     /// `mask`: the choice of what a scheme probes, where it keeps one.
     Mask(Scheme),
 }
@@ -72,6 +75,7 @@ impl EntryKind {
             EntryKind::Decode => "decode",
             EntryKind::DualLoss(_) => "dual_loss",
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
+            EntryKind::Adapt => "adapt",
             EntryKind::Mask(_) => "mask",
         }
     }
@@ -101,7 +105,7 @@ impl fmt::Display for EntrySpec {
             Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
         }
         match &self.kind {
-            EntryKind::Loss | EntryKind::Grad => Ok(()),
+            EntryKind::Loss | EntryKind::Grad | EntryKind::Adapt => Ok(()),
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
             EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
@@ -247,9 +251,11 @@ pub fn compile_observed(
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
             EntryKind::Grad | EntryKind::Backward { .. } => Some("needs"),
-            EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
-                Some("changes")
-            }
+            EntryKind::DualLoss(_)
+            | EntryKind::Update(..)
+            | EntryKind::Descend(_)
+            | EntryKind::Mask(_)
+            | EntryKind::Adapt => Some("changes"),
             EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => None,
         };
         if let Some(verb) = verb.filter(|_| !options.packed.is_empty()) {
@@ -263,6 +269,12 @@ pub fn compile_observed(
             return Err(CompileError::Option(format!(
                 "{} sequences of a batch cannot be divided into groups of {}; choose a multiple of it",
                 spec.rows, s.group
+            )));
+        }
+        let probes = matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Mask(_));
+        if probes && cfg.quantization.dynamic.is_some() {
+            return Err(CompileError::Option(format!(
+                "entry point {name} probes ternary weights, whose quantiser is dynamic (quantization.dynamic.mode); train along gradients, or set it to off"
             )));
         }
         let build = |head, form, carry| {
@@ -290,11 +302,20 @@ pub fn compile_observed(
                 };
                 mask::graph(by, share, &masked).map_err(fail("build"))?
             }
+            EntryKind::Adapt => quantiser::graph(&targets(cfg, options)).map_err(fail("build"))?,
             EntryKind::Descend(descent) => descend::graph(descent, &targets(cfg, options)).map_err(fail("build"))?,
         };
         graphs.push((spec.kind.clone(), spec.rows, g));
     }
     let mut plan = Plan { config: cfg.to_json().to_string(), target: options.target.clone(), ..Plan::default() };
+    if let Some(d) = &cfg.quantization.dynamic {
+        let strict = u8::from(d.strict);
+        let numbers = format!(
+            "{} {strict} {} {} {} {} {}",
+            d.ema, d.alpha_min, d.alpha_target, d.warmup, d.target_bits, d.control_steps
+        );
+        plan.options.push(("quantiser".to_owned(), numbers));
+    }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
         if let EntryKind::Descend(descent) = &spec.kind {
@@ -419,7 +440,7 @@ fn stages(
         for pass in &SIMPLIFY[2..] {
             g = stages.run(pass, name, g)?;
         }
-        if !matches!(kind, EntryKind::Update(..) | EntryKind::Mask(_) | EntryKind::Descend(_)) {
+        if !matches!(kind, EntryKind::Update(..) | EntryKind::Mask(_) | EntryKind::Descend(_) | EntryKind::Adapt) {
             g = sweep(&prepare.hoist(&g).map_err(Stages::error("hoist", name))?);
         }
         stages.show("hoist", name, &g)?;

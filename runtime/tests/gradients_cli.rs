@@ -8,6 +8,20 @@ use std::process::{Command, Output};
 use chimera_runtime::files::b158::B158;
 use common::{LOOPED, Place};
 
+/// A quantiser whose threshold warms up, and is then corrected in every second step.
+const DYNAMIC: [&str; 10] = [
+    "--set",
+    "quantization.weight_scale=absmean_per_tensor",
+    "--set",
+    "quantization.dynamic.mode=chimera",
+    "--set",
+    "quantization.dynamic.warmup_steps=4",
+    "--set",
+    "quantization.dynamic.target_bits=1.3",
+    "--set",
+    "quantization.dynamic.control_steps=2",
+];
+
 impl Place {
     fn new() -> Place {
         Place::with_model(LOOPED)
@@ -46,6 +60,7 @@ fn runs_learn_resume_and_replay() {
         ("sgd", none, "optim.m."),
         ("chimera21", none, "optim.psi."),
         ("chimera21", gated, "optim.psi."),
+        ("adamw", &DYNAMIC[..], "quantiser.layers."),
     ]
     .into_iter()
     .enumerate()

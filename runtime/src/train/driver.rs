@@ -8,6 +8,7 @@ use super::agreement::Agreement;
 use super::checkpoint::{self, Meta};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
+use super::quantiser::Codes;
 use super::schedule::Schedule;
 use super::step::{Probed, Trainer};
 use super::watch::{MemoryWatch, explodes, is_calm};
@@ -320,9 +321,9 @@ impl Run<'_> {
         if validated {
             self.measure(options, on)?;
         }
-        let agreement = match validated {
-            true => Agreement::of(self.trainer.exec(), step, lr)?,
-            false => None,
+        let (agreement, codes) = match validated {
+            true => (Agreement::of(self.trainer.exec(), step, lr)?, Codes::of(self.trainer.exec())?),
+            false => (None, None),
         };
         let mut tally = LossTally::default();
         tally.add(probed.loss, batch, self.vocab);
@@ -337,6 +338,7 @@ impl Run<'_> {
             spread: probed.spread(),
             norm: self.trainer.needs_data().then(|| probed.c.iter().map(|&x| f64::from(x)).sum()),
             agreement,
+            codes,
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             data_tokens: (batch.batch * batch.seq) as u64,

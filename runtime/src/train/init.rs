@@ -3,7 +3,7 @@
 //! Invariant: the values of a weight depend on its name, shape, role and the seed alone, so a model can be made weight by weight, in
 //! any order, on any machine.
 
-use super::TrainError;
+use super::{TrainError, quantiser};
 use crate::exec::Executable;
 use crate::rng::{STEP_INIT, Stream};
 use chimera_ir::DType;
@@ -109,7 +109,7 @@ pub fn initialise(exec: &mut Executable, seed: u64) -> Result<(), TrainError> {
             _ => exec.set_weight(name, dims, &initial(&weight, range, seed))?,
         }
     }
-    Ok(())
+    quantiser::settle(exec)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 use super::TrainError;
 use super::agreement::Agreement;
+use super::quantiser::Codes;
 use crate::files::FileError;
 use crate::files::atomic::write_atomic;
 use serde_json::{Map, Value, json};
@@ -51,6 +52,8 @@ pub struct StepMetrics {
     pub norm: Option<f64>,
     /// What the agreement of gradients does, where the rule goes by it and the step was measured.
     pub agreement: Option<Agreement>,
+    /// Codes of the ternary weights, where their quantiser is dynamic and the step was measured.
+    pub codes: Option<Codes>,
     /// Latest measurement on held-out data.
     pub validation: Option<Validation>,
     /// Whether the measurement was made behind this step.
@@ -98,6 +101,9 @@ impl StepMetrics {
             Some(norm) => put("gradient_norm", json!(norm)),
             None => put("spread", json!(self.spread)),
         };
+        if let Some(codes) = &self.codes {
+            put("quantiser", codes.to_json());
+        }
         if let Some(agreement) = &self.agreement {
             put("agreement", agreement.to_json());
         }
@@ -281,6 +287,7 @@ mod tests {
             spread: 0.02,
             norm: None,
             agreement: None,
+            codes: None,
             validation: None,
             validated: false,
             data_tokens: 512,

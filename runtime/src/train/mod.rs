@@ -12,6 +12,7 @@ pub mod history;
 pub mod init;
 pub mod journal;
 pub mod metrics;
+pub mod quantiser;
 mod schedule;
 pub mod standing;
 mod step;

@@ -5,6 +5,7 @@
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
 use super::compare;
+use super::quantiser;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
 use crate::text::{Batch, IGNORE, LossTally, TokenStream, Vocab};
@@ -219,6 +220,7 @@ impl Trainer {
             }
         };
         let Some(comparison) = self.comparison else {
+            quantiser::advance(&mut self.exec, step)?;
             return backprop::descent(&mut self.exec, self.dual, batch, drawn.as_deref(), &self.loads, step);
         };
         self.choose(step)?;

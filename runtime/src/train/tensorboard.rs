@@ -66,6 +66,11 @@ impl EventFile {
         }
         put("speed/data_tokens_per_second", m.data_rate());
         put("speed/forward_tokens_per_second", m.forward_rate());
+        if let Some(codes) = m.codes {
+            put("quantiser/bits", codes.bits());
+            put("quantiser/zeros", codes.shares[1]);
+            put("quantiser/threshold", codes.threshold);
+        }
         if let Some(a) = m.agreement {
             put("agreement/psi", a.psi);
             put("agreement/kappa", a.kappa);
@@ -140,6 +145,7 @@ mod tests {
             spread: 0.125,
             norm: None,
             agreement: None,
+            codes: None,
             validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5) }),
             validated: step == 300,
             data_tokens: 64,

@@ -80,6 +80,7 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let [first, update] = hyper.entries(balance);
     let rows_at_once = rows / hyper.accumulate as usize;
     let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, MEASURED_ROWS)];
+    entries.extend(config.quantization.dynamic.as_ref().map(|_| spec(EntryKind::Adapt, rows)));
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
 }
