@@ -122,13 +122,11 @@ pub fn graph(descent: &Descent, targets: &[Target]) -> Result<Graph, InferError>
     Ok(g)
 }
 
+/// Names and types of the memory of a weight.
+type Memory = Vec<(&'static str, Type)>;
+
 /// The operation that takes the step of a weight, and names and types of the memory it takes.
-fn operation(
-    descent: &Descent,
-    kind: WeightKind,
-    decay: f32,
-    ty: &Type,
-) -> Result<(Op, Vec<(&'static str, Type)>), InferError> {
+fn operation(descent: &Descent, kind: WeightKind, decay: f32, ty: &Type) -> Result<(Op, Memory), InferError> {
     let rule = descent.rule;
     match (descent.state, rule) {
         (StateForm::Bytes, DescentRule::AdamW { beta1, beta2, eps }) if kind != WeightKind::Vector => {
