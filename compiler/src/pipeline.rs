@@ -302,7 +302,11 @@ pub fn compile_observed(
                 };
                 mask::graph(by, share, &masked).map_err(fail("build"))?
             }
-            EntryKind::Adapt => quantiser::graph(&targets(cfg, options)).map_err(fail("build"))?,
+            EntryKind::Adapt => {
+                // Weights that are not trained have scales too.
+                let all = Options { trainable: None, ..options.clone() };
+                quantiser::graph(&targets(cfg, &all)).map_err(fail("build"))?
+            }
             EntryKind::Descend(descent) => descend::graph(descent, &targets(cfg, options)).map_err(fail("build"))?,
         };
         graphs.push((spec.kind.clone(), spec.rows, g));

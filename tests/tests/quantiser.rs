@@ -159,6 +159,34 @@ fn training_warms_up_and_measuring_changes_nothing() {
     }
 }
 
+/// Weights that are not trained have scales like the others.
+#[test]
+fn scales_are_those_of_all_weights() {
+    let sets = ["quantization.weight_scale=absmean_per_tensor", "quantization.dynamic.mode=strict_bitnet"];
+    let sets = sets.map(str::to_owned).into();
+    let overrides = Overrides { vocab_size: Some(257), sets, ..Overrides::default() };
+    let model = preset(Scale::Pico, &overrides).expect("pico").model;
+    let trainable = Some(["embed.weight".to_owned()].into());
+    let spec = |kind| EntrySpec { kind, rows: ROWS, tokens: TOKENS, depth: None };
+    let entries = vec![spec(EntryKind::Loss), spec(EntryKind::Adapt)];
+    let plan = compile(&model, &Options { entries, trainable, ..Options::default() }).expect("the plan compiles");
+    let mut exec = Executable::new(plan, &ExecOptions { threads: 1, ..ExecOptions::default() }).expect("executable");
+    init::initialise(&mut exec, 3).expect("initial weights");
+    let scales: Vec<f32> = exec
+        .plan()
+        .weights
+        .iter()
+        .filter(|w| w.name.starts_with("quantiser.layers"))
+        .map(|w| exec.weight::<f32>(&w.name).expect("a scale")[0])
+        .collect();
+    assert!(scales.len() > 10 && scales.iter().all(|&s| s > 0.0), "{scales:?}");
+    let codes = Codes::of(&exec).expect("weights").expect("a dynamic quantiser");
+    assert!(
+        codes.threshold == 0.5 && (codes.shares[1] - 0.31).abs() < 0.02,
+        "a third of Gaussian weights is zero: {codes:?}"
+    );
+}
+
 #[test]
 fn the_controller_reaches_its_bits() {
     let sets = ["quantization.dynamic.warmup_steps=0", "quantization.dynamic.target_bits=1.2"];
