@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use chimera_codegen::Allowed;
-use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, PerSequence, Scheme, UpdateRule, compile};
+use chimera_compiler::{Descent, EntryKind, EntrySpec, Options, PerSequence, Scheme, StateForm, UpdateRule, compile};
 use chimera_frontends::config::{Overrides, Scale, preset};
 use chimera_ir::DType;
 use chimera_ir::ops::DescentRule;
@@ -365,7 +365,7 @@ fn descent_plan(w: &Workload, setup: &Setup) -> Result<Plan> {
     let model = preset(w.scale, &Overrides { vocab_size: Some(VOCAB), sets, ..Overrides::default() })?.model;
     let balance = model.moe.as_ref().map_or(0.0, |moe| moe.bias_update_rate as f32);
     let rule = DescentRule::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8 };
-    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance };
+    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, state: StateForm::Full, balance };
     let kinds = [EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent), EntryKind::Loss];
     let spec = |kind| EntrySpec { kind, rows: w.rows, tokens: w.tokens, depth: None };
     let entries = kinds.map(spec).to_vec();

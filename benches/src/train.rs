@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use chimera_compiler::{
-    Descent, EntryKind, EntrySpec, Family, Mask, Mode, Options, PerSequence, Scheme, Shared, UpdateRule, compile,
+    Descent, EntryKind, EntrySpec, Family, Mask, Mode, Options, PerSequence, Scheme, Shared, StateForm, UpdateRule,
+    compile,
 };
 use chimera_frontends::config::{Overrides, Scale, preset};
 use chimera_ir::ops::{DescentRule, Distribution, Idle};
@@ -60,6 +61,7 @@ fn estimators() -> Vec<(&'static str, Estimator)> {
         idle: Idle::Standard,
         fade: 0.95,
         gate: None,
+        bytes: false,
     };
     let lowrank = PerSequence { rank: 1, kappa: 0.1, sigma_vec: 0.01, group: 1 };
     vec![
@@ -84,7 +86,7 @@ fn plan(w: &Workload, estimator: &Estimator, setup: &Setup) -> Result<Plan> {
             [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme.clone(), rule)]
         }
         Estimator::Gradient(rule) => {
-            let descent = Descent { rule: *rule, weight_decay: 0.1, clip: 1.0, balance };
+            let descent = Descent { rule: *rule, weight_decay: 0.1, clip: 1.0, state: StateForm::Full, balance };
             [EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent)]
         }
     };

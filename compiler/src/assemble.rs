@@ -23,7 +23,7 @@ use crate::{
 const SPLIT_WORK: u64 = 20_000;
 
 /// A plan under construction.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Assembler<'a> {
     plan: Plan,
     kinds: &'a HashMap<String, WeightKind>,

@@ -4,9 +4,11 @@
 //! memory, and what a step needs of the host are three numbers.
 
 use chimera_ir::{
-    DType, Data, Graph, Tensor, Type, Value,
-    ops::{AddTotal, Balance, Binary, BinaryFn, Descend, DescentRates, DescentRule, InferError, RowSquares},
-    plan::WeightKind,
+    DType, Data, Graph, Op, Tensor, Type, Value,
+    ops::{
+        AddTotal, Balance, Binary, BinaryFn, Descend, DescendBytes, DescentRates, DescentRule, InferError, RowSquares,
+    },
+    plan::{QUANTISER, WeightKind},
 };
 
 use crate::{
@@ -23,8 +25,28 @@ pub struct Descent {
     pub weight_decay: f32,
     /// Most that the norm of the whole gradient may be; 0 leaves it as it is.
     pub clip: f32,
+    /// How the memory of matrices is kept.
+    pub state: StateForm,
     /// Rate of the expert balance, from `load.*` inputs; 0 leaves selection biases alone.
     pub balance: f32,
+}
+
+impl Descent {
+    /// The numbers of [`chimera_ir::plan::AGREEMENT`], where the rule has them.
+    pub fn agreement(&self) -> Option<String> {
+        let DescentRule::Agreement { beta1, beta2, eps, lambda, bounds, gate, .. } = self.rule else { return None };
+        let all = [lambda, bounds[0], bounds[1], eps, beta1, beta2].into_iter().chain(gate.into_iter().flatten());
+        Some(all.map(|x| x.to_string()).collect::<Vec<_>>().join(" "))
+    }
+}
+
+/// How the memory of a rule is kept. Vectors always have floats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateForm {
+    /// As 32-bit floats.
+    Full,
+    /// In a byte each, with scales for blocks ([`DescendBytes`]); AdamW only.
+    Bytes,
 }
 
 /// The sum of all squares of the gradient, an output of `backward`: `f64 [1]`.
@@ -76,7 +98,7 @@ pub fn graph(descent: &Descent, targets: &[Target]) -> Result<Graph, InferError>
         let ty = Type::f32(&t.dims);
         match t.kind {
             WeightKind::Optimizer | WeightKind::Packed => {}
-            WeightKind::Buffer if descent.balance > 0.0 => {
+            WeightKind::Buffer if descent.balance > 0.0 && !t.name.starts_with(QUANTISER) => {
                 let load = g.input(load_name(&t.name), Type::i32(&t.dims));
                 let bias = g.param(&t.name, ty);
                 let next = g.op(Balance { rate: descent.balance }, &[bias, load])?;
@@ -85,16 +107,38 @@ pub fn graph(descent: &Descent, targets: &[Target]) -> Result<Graph, InferError>
             WeightKind::Buffer => {}
             WeightKind::Ternary | WeightKind::Matrix | WeightKind::Embedding | WeightKind::Vector => {
                 let decay = if t.kind == WeightKind::Ternary { descent.weight_decay } else { 0.0 };
-                let memory = rule.memory().iter().map(|m| format!("optim.{m}.{}", t.name));
-                let names: Vec<String> = std::iter::once(t.name.clone()).chain(memory).collect();
-                let mut ins: Vec<_> = names.iter().map(|name| g.param(name, ty.clone())).collect();
+                let (op, memory) = operation(descent, t.kind, decay, &ty)?;
+                let memory = memory.into_iter().map(|(m, ty)| (format!("optim.{m}.{}", t.name), ty));
+                let all: Vec<(String, Type)> = std::iter::once((t.name.clone(), ty.clone())).chain(memory).collect();
+                let mut ins: Vec<_> = all.iter().map(|(name, ty)| g.param(name, ty.clone())).collect();
                 ins.push(g.state(format!("{GRAD}{}", t.name), ty));
                 ins.push(rates);
-                let next = g.ops(Descend { rule, decay }, &ins)?;
-                g.writes.extend(names.into_iter().zip(next));
+                let next = g.ops(op, &ins)?;
+                g.writes.extend(all.into_iter().map(|a| a.0).zip(next));
             }
         }
     }
     g.verify()?;
     Ok(g)
+}
+
+/// Names and types of the memory of a weight.
+type Memory = Vec<(&'static str, Type)>;
+
+/// The operation that takes the step of a weight, and names and types of the memory it takes.
+fn operation(descent: &Descent, kind: WeightKind, decay: f32, ty: &Type) -> Result<(Op, Memory), InferError> {
+    let rule = descent.rule;
+    match (descent.state, rule) {
+        (StateForm::Bytes, DescentRule::AdamW { beta1, beta2, eps }) if kind != WeightKind::Vector => {
+            Ok((DescendBytes { beta1, beta2, eps, decay }.into(), DescendBytes::memory(ty).into()))
+        }
+        (StateForm::Full, _) | (StateForm::Bytes, DescentRule::AdamW { .. }) => {
+            let memory = rule.memory().iter().copied().zip(rule.memory_types(ty)).collect();
+            Ok((Descend { rule, decay }.into(), memory))
+        }
+        (StateForm::Bytes, _) => Err(InferError::new(
+            "update",
+            "memory of bytes is that of AdamW, found another rule; choose memory of floats",
+        )),
+    }
 }

@@ -2,8 +2,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    error, fmt, fs, io,
-    path::{Path, PathBuf},
+    fs,
+    path::Path,
 };
 
 use chimera_frontends::{
@@ -14,215 +14,23 @@ use chimera_frontends::{
 use chimera_ir::{
     Graph,
     ops::{InferError, ScaleMode},
-    plan::{CODES, ESTIMATOR, MASK_REFRESH, OWN, Plan, SCALES, WeightKind},
+    plan::{AGREEMENT, CODES, ESTIMATOR, MASK_REFRESH, OWN, Plan, SCALES, WeightKind},
 };
 
 use crate::{
+    CompileError, EntryKind, EntrySpec, Objective, Options,
     assemble::Assembler,
-    descend::{self, Descent},
+    budget, descend,
     estimators::{
         Mask, Scheme,
         mask::{self, masked},
     },
     fuse::{Decisions, fuse},
     passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
+    quantiser,
     rebuild::sweep,
-    tuning::{self, Table, Tuning},
-    update::{self, Quantised, Target, UpdateRule},
+    update::{self, Quantised, Target},
 };
-
-/// A way into the plan.
-#[derive(Clone, Debug, PartialEq)]
-pub enum EntryKind {
-    /// `loss`: mean cross-entropy of each row, from fresh states.
-    Loss,
-    /// `grad`: the loss, and its gradient with respect to every weight that can be trained.
-    Grad,
-    /// `backward`: the loss; its gradient stays for `update`.
-    Backward {
-        /// Whether the gradient, times an input `share`, adds to the one that is there.
-        accumulate: bool,
-    },
-    /// `logits`: all logits, states carried.
-    Logits,
-    /// `prefill`: states only, in chunks.
-    Prefill,
-    /// `decode`: one token, states carried.
-    Decode,
-    /// `dual_loss`: the loss under all probes of a scheme.
-    DualLoss(Scheme),
-    /// `update`: the step of a scheme.
-    Update(Scheme, UpdateRule),
-    /// `update`: the step of a descent along the gradient that `backward` has left.
-    Descend(Descent),
-    /// `mask`: the choice of what a scheme probes, where it keeps one.
-    Mask(Scheme),
-    /// `prefix`: what goes into the layer of [`Options::cut`].
-    Prefix,
-}
-
-impl EntryKind {
-    /// The name of the entry point in the plan.
-    pub fn name(&self) -> &'static str {
-        match self {
-            EntryKind::Loss => "loss",
-            EntryKind::Grad => "grad",
-            EntryKind::Backward { .. } => "backward",
-            EntryKind::Logits => "logits",
-            EntryKind::Prefill => "prefill",
-            EntryKind::Decode => "decode",
-            EntryKind::DualLoss(_) => "dual_loss",
-            EntryKind::Update(..) | EntryKind::Descend(_) => "update",
-            EntryKind::Mask(_) => "mask",
-            EntryKind::Prefix => "prefix",
-        }
-    }
-}
-
-/// One entry point and its shape.
-#[derive(Clone, Debug, PartialEq)]
-pub struct EntrySpec {
-    /// Which.
-    pub kind: EntryKind,
-    /// Batch rows.
-    pub rows: usize,
-    /// Tokens of a row.
-    pub tokens: usize,
-    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`] and [`EntryKind::Backward`] a
-    /// depth for each row if training draws it.
-    pub depth: Option<Depth>,
-}
-
-/// What plans say about how they were compiled: `rows=2 tokens=64 loops=3 PerSequence { rank: 1, .. }`.
-impl fmt::Display for EntrySpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rows={} tokens={}", self.rows, self.tokens)?;
-        match self.depth {
-            None => {}
-            Some(Depth::Fixed(n)) => write!(f, " loops={n}")?,
-            Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
-        }
-        match &self.kind {
-            EntryKind::Loss | EntryKind::Grad => Ok(()),
-            EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
-            EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => Ok(()),
-            EntryKind::Descend(descent) => write!(f, " {descent:?}"),
-            EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) => write!(f, " {scheme:?}"),
-            EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
-        }
-    }
-}
-
-/// What losses are of.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Objective {
-    /// Tokens: cross-entropy.
-    #[default]
-    Tokens,
-    /// Pairs of rows, the first of which is preferred (semantics 12.3).
-    Preference {
-        /// How strongly a difference counts.
-        beta: f32,
-    },
-}
-
-/// How to compile.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Name of the target.
-    pub target: String,
-    /// Entry points.
-    pub entries: Vec<EntrySpec>,
-    /// What the losses of entry points are of.
-    pub objective: Objective,
-    /// Whether `loss` and `backward` carry states from call to call, those of an entry point as `ENTRY:NAME`; gradients end where a call
-    /// begins (semantics 12.4).
-    pub carried: bool,
-    /// Weights that probes reach and updates change; all that can be trained when absent.
-    pub trainable: Option<HashSet<String>>,
-    /// The layer in front of which [`EntryKind::DualLoss`] and [`EntryKind::Backward`] begin: they take what goes into it, which
-    /// [`EntryKind::Prefix`] gives, as an input `prefix`. No weight in front of it may be trainable; nothing for whole models.
-    pub cut: Option<usize>,
-    /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
-    /// of their stack. Forward passes only.
-    pub packed: HashSet<String>,
-    /// Stop behind the stage of that name, see [`STAGES`].
-    pub stop_after: Option<String>,
-    /// Write every stage's graph into this folder.
-    pub dump: Option<PathBuf>,
-    /// The number of rewrites that passes may do.
-    pub max_rewrites: u64,
-    /// What was measured; it counts only where it [fits](Table::fits).
-    pub tuning: Option<Table>,
-    /// Threads that kernels are laid out for; any number may run them.
-    pub threads: usize,
-}
-
-impl Options {
-    /// What decides among the variants of kernels.
-    ///
-    /// # Errors
-    /// A target that nobody knows.
-    pub fn tuning(&self) -> Result<Tuning, CompileError> {
-        let target: chimera_codegen::Target =
-            self.target.parse().map_err(|e: chimera_codegen::TargetError| CompileError::Option(e.to_string()))?;
-        let table = self.tuning.clone().filter(|t| t.fits(&target.to_string()).is_ok());
-        let threads = table.as_ref().map_or(self.threads, |t| t.threads);
-        Ok(Tuning { table, target, threads })
-    }
-}
-
-impl Default for Options {
-    fn default() -> Options {
-        Options {
-            target: "host".to_owned(),
-            entries: vec![],
-            objective: Objective::Tokens,
-            carried: false,
-            trainable: None,
-            cut: None,
-            packed: HashSet::new(),
-            stop_after: None,
-            dump: None,
-            max_rewrites: u64::MAX,
-            tuning: None,
-            threads: tuning::THREADS,
-        }
-    }
-}
-
-/// Why there is no plan.
-#[derive(Debug)]
-pub enum CompileError {
-    /// An operation refused its operands: the configuration asks for something that does not fit together.
-    Infer {
-        /// Entry point.
-        entry: String,
-        /// Stage.
-        stage: &'static str,
-        /// The refusal.
-        error: InferError,
-    },
-    /// An option has no meaning.
-    Option(String),
-    /// A dump could not be written.
-    Dump(PathBuf, io::Error),
-    /// Compilation ended early because it was asked to; the graphs as text.
-    Stopped(String),
-}
-
-impl fmt::Display for CompileError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            CompileError::Infer { entry, stage, error } => write!(f, "entry point {entry}, stage {stage}: {error}"),
-            CompileError::Option(why) => f.write_str(why),
-            CompileError::Dump(path, error) => write!(f, "cannot write {}: {error}", path.display()),
-            CompileError::Stopped(_) => f.write_str("stopped as asked"),
-        }
-    }
-}
-
-impl error::Error for CompileError {}
 
 /// Compile a model.
 ///
@@ -270,9 +78,11 @@ pub fn compile_observed(
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
             EntryKind::Grad | EntryKind::Backward { .. } => Some("needs"),
-            EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
-                Some("changes")
-            }
+            EntryKind::DualLoss(_)
+            | EntryKind::Update(..)
+            | EntryKind::Descend(_)
+            | EntryKind::Mask(_)
+            | EntryKind::Adapt => Some("changes"),
             EntryKind::Loss | EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => None,
         };
         if let Some(verb) = verb.filter(|_| !options.packed.is_empty()) {
@@ -292,6 +102,12 @@ pub fn compile_observed(
             Objective::Tokens => Head::Loss,
             Objective::Preference { beta } => Head::Preference { beta },
         };
+        let probes = matches!(spec.kind, EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Mask(_));
+        if probes && cfg.quantization.dynamic.is_some() {
+            return Err(CompileError::Option(format!(
+                "entry point {name} probes ternary weights, whose quantiser is dynamic (quantization.dynamic.mode); train along gradients, or set it to off"
+            )));
+        }
         let build = |head, form, carry| {
             let shape = shape(cfg, spec, form, carry);
             chimera::packed_graph(cfg, shape, head, &options.packed).map_err(fail("build"))
@@ -338,6 +154,11 @@ pub fn compile_observed(
                 };
                 mask::graph(by, share, &masked).map_err(fail("build"))?
             }
+            EntryKind::Adapt => {
+                // Weights that are not trained have scales too.
+                let all = Options { trainable: None, ..options.clone() };
+                quantiser::graph(&targets(cfg, &all)).map_err(fail("build"))?
+            }
             EntryKind::Descend(descent) => descend::graph(descent, &targets(cfg, options)).map_err(fail("build"))?,
         };
         graphs.push((spec.kind.clone(), spec.rows, g));
@@ -346,8 +167,19 @@ pub fn compile_observed(
     if let Objective::Preference { beta } = options.objective {
         plan.options.push(("objective".to_owned(), format!("preference beta={beta}")));
     }
+    if let Some(d) = &cfg.quantization.dynamic {
+        let strict = u8::from(d.strict);
+        let numbers = format!(
+            "{} {strict} {} {} {} {} {}",
+            d.ema, d.alpha_min, d.alpha_target, d.warmup, d.target_bits, d.control_steps
+        );
+        plan.options.push(("quantiser".to_owned(), numbers));
+    }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
+        if let EntryKind::Descend(descent) = &spec.kind {
+            plan.options.extend(descent.agreement().map(|numbers| (AGREEMENT.to_owned(), numbers)));
+        }
         if let EntryKind::DualLoss(scheme) = &spec.kind {
             plan.options.push((ESTIMATOR.to_owned(), scheme.comparison().name().to_owned()));
             if let Some(steps) = scheme.mask().refresh() {
@@ -469,19 +301,32 @@ fn stages(
         for pass in &SIMPLIFY[2..] {
             g = stages.run(pass, name, g)?;
         }
-        if !matches!(kind, EntryKind::Update(..) | EntryKind::Mask(_) | EntryKind::Descend(_)) {
+        if !matches!(kind, EntryKind::Update(..) | EntryKind::Mask(_) | EntryKind::Descend(_) | EntryKind::Adapt) {
             g = sweep(&prepare.hoist(&g).map_err(Stages::error("hoist", name))?);
         }
         stages.show("hoist", name, &g)?;
-        entries.push((name, g, shared));
+        let differentiated = matches!(kind, EntryKind::Grad | EntryKind::Backward { .. });
+        entries.push(Prepared { name, g, shared, differentiated });
     }
     let prepare = sweep(&prepare.finish());
     if !prepare.outputs.is_empty() {
-        entries.insert(0, ("prepare", prepare, (0, 0)));
+        entries.insert(0, Prepared { name: "prepare", g: prepare, shared: (0, 0), differentiated: false });
     }
     stages.stop("hoist")?;
+    let mut plan = plan;
+    if let Some(allowed) = options.budget {
+        let empty = Assembler::new(Plan::default(), kinds, options.tuning()?);
+        for (name, policy) in budget::fit(&mut entries, &empty, stages.budget, allowed)? {
+            plan.options.push((format!("recompute in {name}"), policy.text()));
+        }
+        plan.options.push(("budget".to_owned(), allowed.to_string()));
+    }
+    for entry in &entries {
+        stages.show("recompute", entry.name, &entry.g)?;
+    }
+    stages.stop("recompute")?;
     let mut assembler = Assembler::new(plan, kinds, options.tuning()?);
-    for (name, g, shared) in entries {
+    for Prepared { name, g, shared, .. } in entries {
         let mut decisions = Decisions::new();
         let items = fuse(&g, &mut stages.budget, &mut decisions);
         if options.stop_after.as_deref() == Some("fuse") {
@@ -493,6 +338,17 @@ fn stages(
     stages.stop("fuse")?;
     let plan = assembler.finish();
     Ok(plan)
+}
+
+/// An entry point whose graph is done.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub name: &'static str,
+    pub g: Graph,
+    /// Operations that probes have in common, and all of them.
+    pub shared: (u64, u64),
+    /// Whether it has gradients.
+    pub differentiated: bool,
 }
 
 /// Runs passes with verification, dumps, and the wish to stop.

@@ -117,6 +117,23 @@ fn the_full_model_compiles_and_says_what_it_leaves_out() {
 }
 
 #[test]
+fn gradients_keep_to_a_budget() {
+    let args = ["--scale", "pico", "--vocab", "bytes", "--entries", "grad", "--rows", "8", "--tokens", "64"];
+    let compiled = |more: &[&str]| good_json(&[&["compile"], &args[..], more, &["--json"]].concat());
+    let peak = |report: &Value| report["plan"]["predicted_peak"].as_u64().expect("bytes");
+    let most = peak(&compiled(&[]));
+    bad(&[&["compile"], &args[..], &["--budget", "1K"]].concat(), 4, &["the budget is 1024 bytes", "at least"]);
+    let budget = most * 3 / 4;
+    let small = compiled(&["--budget", &budget.to_string()]);
+    assert!(peak(&small) <= budget, "{small}");
+    let human = good(&[&["inspect"], &args[..], &["--budget", &budget.to_string()]].concat());
+    for word in ["recompute in grad", "of the operations twice", "predicted peak on 2 threads"] {
+        assert!(human.contains(word), "{word} is missing");
+    }
+    bad(&[&["compile"], &args[..], &["--budget", "lots"]].concat(), 2, &["such as 4G"]);
+}
+
+#[test]
 fn plans_for_packed_weights_are_smaller_and_only_run() {
     let forward = ["compile", "--scale", "test", "--entries", "logits,decode", "--tokens", "8", "--json"];
     let weights = |args: &[&str]| {

@@ -9,6 +9,9 @@ use crate::{
     ops::{Binary, BinaryFn, InferError, VjpCx},
 };
 
+/// What the sites of gradients end with, behind the site that is differentiated.
+pub const GRAD_SITE: &str = ".grad";
+
 /// A reference to one value of a [`Graph`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub u32);
@@ -282,7 +285,7 @@ impl Graph {
             if outs.iter().all(Option::is_none) || !wanted.contains(&true) {
                 continue;
             }
-            self.site = format!("{}.grad", node.site);
+            self.site = format!("{}{GRAD_SITE}", node.site);
             let mut cx = VjpCx { graph: self, ins: &node.ins, outs: &node.outs, grads: &outs, wanted: &wanted };
             let at = |e: InferError| {
                 InferError::new(e.op, format!("{} (gradient of {} at {})", e.why, op.name(), node.site))

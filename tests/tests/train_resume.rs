@@ -7,7 +7,7 @@ use std::path::Path;
 use chimera_codegen::host;
 use chimera_compiler::{
     Descent, EntryKind, EntrySpec, Family, Mask, Mode, Optimiser, Options, PerSequence, Scheme, Score, Shared,
-    UpdateRule, compile,
+    StateForm, UpdateRule, compile,
 };
 use chimera_frontends::config::{self, Overrides, Scale};
 use chimera_ir::ops::{DescentRule, Distribution, Idle};
@@ -42,7 +42,7 @@ fn per_sequence() -> Vec<EntryKind> {
 }
 
 fn descending(rule: DescentRule) -> Vec<EntryKind> {
-    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, balance: 0.0 };
+    let descent = Descent { rule, weight_decay: 0.1, clip: 1.0, state: StateForm::Full, balance: 0.0 };
     vec![EntryKind::Backward { accumulate: false }, EntryKind::Descend(descent)]
 }
 
@@ -177,6 +177,7 @@ fn interruptions_and_threads_change_nothing() {
         idle: Idle::Inertia,
         fade: 0.95,
         gate: Some([2.0, 4.0]),
+        bytes: false,
     };
     let gradients = [DescentRule::AdamW { beta1, beta2, eps }, DescentRule::Momentum { mu: 0.9 }, agreement];
     let probed = schemes.zip(optimisers.into_iter().cycle()).map(|(scheme, optimiser)| {

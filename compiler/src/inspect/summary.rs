@@ -9,7 +9,7 @@ use chimera_ir::plan::{Place, Plan, Step, WeightKind};
 use serde::Serialize;
 
 use super::table::{Table, bytes, count, percent};
-use crate::passes::hoist::DERIVED;
+use crate::{passes::hoist::DERIVED, tuning::THREADS};
 
 /// One kind of memory of a plan.
 #[derive(Clone, Debug, Serialize)]
@@ -50,6 +50,9 @@ pub struct PlanReport {
     pub memory: Vec<Component>,
     /// All memory.
     pub total_bytes: u64,
+    /// What running the plan takes at most, on [`THREADS`] threads: that memory as it is laid out, inputs that are kept, scratch
+    /// memory and tables. The process around it is left out.
+    pub predicted_peak: u64,
     /// Bytes of the arena.
     pub arena_bytes: u64,
     /// The least any arena could need.
@@ -115,6 +118,7 @@ pub fn summary(plan: &Plan) -> PlanReport {
         options: plan.options.clone(),
         kernels: plan.kernels.len(),
         steps: entries.iter().map(|e| e.steps).sum(),
+        predicted_peak: plan.memory(THREADS).total(),
         total_bytes: memory.iter().map(|c| c.bytes).sum(),
         memory,
         arena_bytes: plan.arena(),
@@ -183,6 +187,12 @@ impl fmt::Display for PlanReport {
         }
         table.row(["total".to_owned(), String::new(), bytes(self.total_bytes)]);
         write!(f, "\nmemory of the plan\n{table}")?;
+        writeln!(
+            f,
+            "predicted peak on {THREADS} threads: {} ({} bytes)",
+            bytes(self.predicted_peak),
+            self.predicted_peak
+        )?;
         if !self.states.is_empty() {
             let rows = self.stream_rows.max(1) as u64;
             let mut table = Table::new(&["state", "layers", "copies", "bytes", "of one stream"]);

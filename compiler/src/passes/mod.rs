@@ -9,6 +9,7 @@ pub mod dual;
 mod fold;
 pub mod grad;
 pub mod hoist;
+pub mod recompute;
 
 use chimera_ir::{Graph, ops::InferError};
 
@@ -64,7 +65,7 @@ pub const COMBINE: [Pass; 2] = [
 ];
 
 /// The names of all stages in order, for `--stop-after`.
-pub const STAGES: [&str; 12] = [
+pub const STAGES: [&str; 13] = [
     "build",
     SIMPLIFY[0].name,
     SIMPLIFY[1].name,
@@ -75,6 +76,7 @@ pub const STAGES: [&str; 12] = [
     COMBINE[0].name,
     COMBINE[1].name,
     "hoist",
+    "recompute",
     "fuse",
     "plan",
 ];

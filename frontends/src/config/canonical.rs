@@ -54,7 +54,7 @@ impl ModelConfig {
 
     fn quantization_json(&self) -> Value {
         let q = &self.quantization;
-        json!({
+        let mut out = json!({
             "weight_scale": match q.weight_scale {
                 WeightScale::Group => "absmean_per_group",
                 WeightScale::Row => "absmean_per_row",
@@ -68,7 +68,19 @@ impl ModelConfig {
                 Activation::Float => "none",
             },
             "activation_block_size": q.activation_block_size,
-        })
+        });
+        if let Some(d) = &q.dynamic {
+            out["dynamic"] = json!({
+                "mode": if d.strict { "strict_bitnet" } else { "chimera" },
+                "ema": d.ema,
+                "alpha_min": d.alpha_min,
+                "alpha_target": d.alpha_target,
+                "warmup_steps": d.warmup,
+                "target_bits": d.target_bits,
+                "control_steps": d.control_steps,
+            });
+        }
+        out
     }
 
     fn moe_json(&self) -> Value {

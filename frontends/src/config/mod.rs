@@ -25,8 +25,8 @@ pub use json::{MAX_BYTES, MAX_DEPTH};
 pub use keys::{Disposition, Kind, Row};
 pub use load::{Declared, Loaded, NotYet, Overrides, from_text, load, preset};
 pub use model::{
-    Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig, ModelConfig,
-    MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
+    Activation, Dynamic, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig,
+    ModelConfig, MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
 };
 pub use phases::{Phase, PhaseKind, Stage};
 pub use presets::{BYTE_VOCABULARY, O200K_VOCABULARY, Scale};

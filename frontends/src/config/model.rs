@@ -38,6 +38,25 @@ pub enum Activation {
     Float,
 }
 
+/// A ternary quantiser with a state: a scale for each weight that follows its mean magnitude, and a threshold.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dynamic {
+    /// Whether weights are rounded to the nearest code; the threshold is then half of the scale.
+    pub strict: bool,
+    /// Decay of the running mean of magnitudes.
+    pub ema: f64,
+    /// First threshold, as a share of the scale.
+    pub alpha_min: f64,
+    /// Threshold behind the warm-up.
+    pub alpha_target: f64,
+    /// Training steps of the warm-up.
+    pub warmup: u64,
+    /// Bits of a weight that a controller of the threshold aims at; 0 without one.
+    pub target_bits: f64,
+    /// Training steps between its corrections.
+    pub control_steps: u64,
+}
+
 /// Quantisation of the ternary layers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Quantization {
@@ -47,6 +66,8 @@ pub struct Quantization {
     pub group_size: usize,
     /// A weight is zero when its magnitude is at most this times its scale.
     pub threshold_ratio: f64,
+    /// A threshold and scales that change in training; none where both follow from the weights.
+    pub dynamic: Option<Dynamic>,
     /// How activations enter.
     pub activation: Activation,
     /// Inputs of one activation block.

@@ -5,8 +5,8 @@
 use super::error::{Code, ConfigError, nearest, shown};
 use super::json::{Node, Number, Sources, Span, Value};
 use super::model::{
-    Activation, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig, ModelConfig,
-    MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
+    Activation, Dynamic, GatedDeltaConfig, GenerationConfig, KnotConfig, LoopConfig, MixerKind, MlstmConfig,
+    ModelConfig, MoeConfig, Quantization, StepRule, TitansConfig, TitansCore, WeightScale,
 };
 use super::presets::O200K_VOCABULARY;
 
@@ -273,8 +273,27 @@ impl Reader<'_> {
                 .conflict(&format!("quantization.{at}"), message)
                 .expected("group_size a multiple of activation_block_size"));
         }
+        let strict = self.word("quantization.dynamic.mode") == "strict_bitnet";
+        let dynamic = (self.word("quantization.dynamic.mode") != "off").then(|| Dynamic {
+            strict,
+            ema: self.num("quantization.dynamic.ema"),
+            alpha_min: self.num("quantization.dynamic.alpha_min"),
+            alpha_target: self.num("quantization.dynamic.alpha_target"),
+            warmup: self.int("quantization.dynamic.warmup_steps") as u64,
+            target_bits: self.num("quantization.dynamic.target_bits"),
+            control_steps: self.int("quantization.dynamic.control_steps") as u64,
+        });
+        if dynamic.is_some() && weight_scale != WeightScale::Tensor {
+            return Err(self
+                .conflict(
+                    "quantization.dynamic.mode",
+                    "the scale of a dynamic quantiser belongs to a whole weight".to_owned(),
+                )
+                .expected("quantization.weight_scale absmean_per_tensor"));
+        }
         Ok(Quantization {
             weight_scale,
+            dynamic,
             group_size,
             threshold_ratio: self.num("quantization.threshold_ratio"),
             activation,

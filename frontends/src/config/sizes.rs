@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use chimera_ir::plan::{QUANTISER, QUANTISER_TARGET, QUANTISER_THRESHOLD};
+
 use super::keys::size_of;
 use super::load::Loaded;
 use super::model::{MixerKind, ModelConfig, TitansCore};
@@ -155,6 +157,12 @@ pub fn parameters(model: &ModelConfig) -> Vec<Parameter> {
         if looping.c {
             list.add(ParamKind::Matrix, "loop.C.weight".into(), &[d, d]);
         }
+    }
+    if m.quantization.dynamic.is_some() {
+        let ternary: Vec<String> =
+            list.0.iter().filter(|p| p.kind == ParamKind::Ternary).map(|p| format!("{QUANTISER}{}", p.name)).collect();
+        let all = ternary.into_iter().chain([QUANTISER_THRESHOLD, QUANTISER_TARGET].map(str::to_owned));
+        all.for_each(|name| list.add(ParamKind::Buffer, name, &[1]));
     }
     list.0
 }

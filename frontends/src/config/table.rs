@@ -60,6 +60,13 @@ pub static TABLE: &[Row] = keys! {
     "quantization.weight_scale", Words(&["absmean_per_group", "absmean_per_row", "absmean_per_tensor"]), Consumed, "\"absmean_per_group\"", "what shares one weight scale";
     "quantization.group_size", Int(1, 1 << 20), Consumed, "128", "inputs that share one weight scale";
     "quantization.threshold_ratio", Num(0.0, 100.0), Consumed, "0.5", "a weight below this times its scale is 0";
+    "quantization.dynamic.mode", Words(&["off", "chimera", "strict_bitnet"]), Consumed, "\"off\"", "ternary threshold and scales that change in training";
+    "quantization.dynamic.ema", SHARE, Consumed, "0.95", "decay of the running mean of magnitudes";
+    "quantization.dynamic.alpha_min", Num(0.0, 1.5), Consumed, "0.0", "first threshold as a share of the scale";
+    "quantization.dynamic.alpha_target", Num(0.0, 1.5), Consumed, "0.7", "threshold behind the warm-up";
+    "quantization.dynamic.warmup_steps", Int(0, 1 << 32), Consumed, "100", "training steps of the warm-up";
+    "quantization.dynamic.target_bits", Num(0.0, 1.585), Consumed, "0.0", "bits of a weight that the threshold is corrected for; 0 leaves it";
+    "quantization.dynamic.control_steps", Int(1, 1 << 32), Consumed, "1", "training steps between corrections";
     "quantization.activation_bits", Equals("8"), Declared, "", "width of activation codes";
     "quantization.activation_method", Words(&["absmax_per_block", "absmax_per_token", "none"]), Consumed, "\"absmax_per_block\"", "what shares one activation scale";
     "quantization.activation_block_size", Int(1, 65_536), Consumed, "64", "inputs that share one activation scale";

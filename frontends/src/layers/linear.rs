@@ -1,16 +1,19 @@
 //! Linear layers: ternary with quantised activations, and plain float.
 
 use chimera_ir::{
-    Type, Value,
+    Tensor, Type, Value,
     ops::{
         BlockScales, GroupScale, InferError, Linear, Norm, NormKind, OpDef, PackPanels, PackTernary, Quantise,
         ScaleMode, TernaryDense, TernaryProduct, Unary, UnaryFn, blocked_type, packed_type,
     },
-    plan::{CODES, SCALES},
+    plan::{CODES, QUANTISER, QUANTISER_THRESHOLD, SCALES},
 };
 
 use super::{Built, Net};
 use crate::config::{Activation, WeightScale};
+
+/// The threshold of codes that are rounded to the nearest.
+const HALF: f32 = 0.5;
 
 /// A layer input, quantised once for all ternary layers that read it.
 #[derive(Clone, Copy, Debug)]
@@ -104,12 +107,30 @@ impl Net<'_> {
             return self.packed_weight(&weight, &[m, n]);
         }
         let w = self.param(&weight, &[m, n]);
+        if q.dynamic.is_some() {
+            return self.dynamic_weight(&weight, w, m, group, float);
+        }
         let alpha = self.op(GroupScale { mode }, &[w])?;
         if float {
             let dense = self.op(TernaryDense { group, ratio }, &[w, alpha])?;
             return Ok(vec![self.op(PackPanels {}, &[dense])?]);
         }
         Ok(vec![self.op(PackTernary { group, ratio }, &[w, alpha])?, self.op(BlockScales {}, &[alpha])?])
+    }
+
+    /// The same with scale and threshold of a dynamic quantiser (semantics 3.5).
+    fn dynamic_weight(&mut self, weight: &str, w: Value, m: usize, group: usize, float: bool) -> Built<Vec<Value>> {
+        let ones = self.g.constant(Tensor::f32(&[m, 1], vec![1.0; m]));
+        let (gamma, share) = (self.param(&format!("{QUANTISER}{weight}"), &[1]), self.param(QUANTISER_THRESHOLD, &[1]));
+        let alpha = self.mul(ones, gamma)?;
+        let limit = self.mul(alpha, share)?;
+        if float {
+            let dense = self.op(TernaryDense { group, ratio: HALF }, &[w, alpha, limit])?;
+            return Ok(vec![self.op(PackPanels {}, &[dense])?]);
+        }
+        // Half of twice the limit is the limit, exactly.
+        let twice = self.add(limit, limit)?;
+        Ok(vec![self.op(PackTernary { group, ratio: HALF }, &[w, twice])?, alpha])
     }
 
     /// The product of prepared weights with an activation; `grouped` where rows are sorted by expert and the weights stacked.

@@ -3,7 +3,7 @@
 use super::{Accuracy, Axis, Flops, InferError, OpDef};
 use crate::{
     DType, Data, Tensor, Type,
-    loops::{Expr, f32c, math},
+    loops::{Buf, Expr, Ty, f32c, math},
     lower::Lower,
 };
 
@@ -58,8 +58,13 @@ pub enum DescentRule {
         fade: f32,
         /// Threshold and sharpness of a gate: `kappa <- 1 + sigmoid(sharpness (threshold - sqrt(v^) / (|m^| + eps))) (kappa - 1)`.
         gate: Option<[f32; 2]>,
+        /// Whether `psi` is kept as `round(127 psi)` in a byte.
+        bytes: bool,
     },
 }
+
+/// What a byte of the agreement stands for is divided by this.
+const PSI_TOP: f32 = 127.0;
 
 impl DescentRule {
     /// Names of the memory that every weight has, in the order of the operands.
@@ -69,6 +74,12 @@ impl DescentRule {
             DescentRule::Momentum { .. } => &["m"],
             DescentRule::Agreement { .. } => &["m", "v", "psi"],
         }
+    }
+
+    /// The types of the memory of a weight, in the order of the operands.
+    pub fn memory_types(&self, w: &Type) -> Vec<Type> {
+        let narrow = |name: &str| name == "psi" && matches!(self, DescentRule::Agreement { bytes: true, .. });
+        self.memory().iter().map(|name| w.with(if narrow(name) { DType::I8 } else { DType::F32 })).collect()
     }
 
     /// Decay of the running means, 0 for those that it has not.
@@ -124,15 +135,16 @@ impl Descend {
                 let m = mu * old[1] + g;
                 vec![kept - lr * m, m]
             }
-            DescentRule::Agreement { beta1, beta2, eps, rho, lambda, bounds, idle, fade, gate } => {
+            DescentRule::Agreement { beta1, beta2, eps, rho, lambda, bounds, idle, fade, gate, bytes } => {
                 let (m, v) = means(beta1, beta2);
                 let (mean, root) = (m * c1, (v * c2).sqrt());
-                let agreed = |a: f32| rho * old[3] + rest(rho) * a;
+                let before = if bytes { old[3] / PSI_TOP } else { old[3] };
+                let agreed = |a: f32| rho * before + rest(rho) * a;
                 let psi = match idle {
                     _ if g != 0.0 => agreed(sign(m) * sign(g)),
                     Idle::Standard => agreed(0.0),
-                    Idle::Freeze => old[3],
-                    Idle::Decay => old[3] * fade,
+                    Idle::Freeze => before,
+                    Idle::Decay => before * fade,
                     Idle::Inertia => agreed(sign(m).abs()),
                 };
                 let kappa = (lambda * psi).exp().clamp(bounds[0], bounds[1]);
@@ -140,6 +152,7 @@ impl Descend {
                     let open = sharpness * (threshold - root / (mean.abs() + eps));
                     1.0 + (kappa - 1.0) / (1.0 + (-open).exp())
                 });
+                let psi = if bytes { (psi.clamp(-1.0, 1.0) * PSI_TOP).round_ties_even() } else { psi };
                 vec![kept - lr * kappa * (mean / (root + eps)), m, v, psi]
             }
         }
@@ -167,16 +180,17 @@ impl Descend {
                 let m = cx.bind(f32c(mu) * &old[1] + &g);
                 vec![kept - lr * &m, m]
             }
-            DescentRule::Agreement { beta1, beta2, eps, rho, lambda, bounds, idle, fade, gate } => {
+            DescentRule::Agreement { beta1, beta2, eps, rho, lambda, bounds, idle, fade, gate, bytes } => {
                 let (m, v) = means(cx, beta1, beta2);
                 let (mean, root) = (cx.bind(&m * c1), cx.bind((&v * c2).sqrt()));
                 let none = || f32c(0.0);
                 let sign = |x: &Expr| x.clone().lt(none()).select(f32c(-1.0), none().lt(x).select(f32c(1.0), none()));
-                let agreed = |a: Expr| f32c(rho) * &old[3] + f32c(rest(rho)) * a;
+                let before = if bytes { cx.bind(&old[3] / f32c(PSI_TOP)) } else { old[3].clone() };
+                let agreed = |a: Expr| f32c(rho) * &before + f32c(rest(rho)) * a;
                 let idle = match idle {
                     Idle::Standard => agreed(none()),
-                    Idle::Freeze => old[3].clone(),
-                    Idle::Decay => &old[3] * f32c(fade),
+                    Idle::Freeze => before.clone(),
+                    Idle::Decay => &before * f32c(fade),
                     Idle::Inertia => agreed(sign(&m).abs()),
                 };
                 let both = agreed(sign(&m) * sign(&g));
@@ -191,6 +205,10 @@ impl Descend {
                     }
                 };
                 let step = lr * kappa * (mean / (root + f32c(eps)));
+                // The low byte of the bits of the rounded sum is the code, and a store keeps the low byte.
+                let code =
+                    || (psi.clone().max(f32c(-1.0)).min(f32c(1.0)) * f32c(PSI_TOP) + f32c(math::ROUND)).to_bits();
+                let psi = if bytes { code() } else { psi };
                 vec![kept - step, m, v, psi]
             }
         }
@@ -203,7 +221,9 @@ impl OpDef for Descend {
     fn infer(&self, ins: &[Type]) -> Result<Vec<Type>, InferError> {
         let n = self.n();
         let fits = ins.len() == n + 2
-            && ins[..=n].iter().all(|t| t.dtype == DType::F32 && *t == ins[0])
+            && ins[0].dtype == DType::F32
+            && ins[1..n] == self.rule.memory_types(&ins[0])
+            && ins[n] == ins[0]
             && ins[n + 1] == Type::f32(&[5]);
         if fits {
             return Ok(ins[..n].to_vec());
@@ -211,7 +231,7 @@ impl OpDef for Descend {
         let memory = self.rule.memory().join(", ");
         Err(InferError::new(
             Self::NAME,
-            format!("takes a weight, {memory}, a gradient of the same type and five rates"),
+            format!("takes a weight f32, {memory} (a byte each where they are narrow), a gradient and five rates"),
         ))
     }
 
@@ -220,10 +240,18 @@ impl OpDef for Descend {
         let (g, rates) = (ins[n].as_f32(), ins[n + 1].as_f32());
         let mut out = vec![vec![]; n];
         for (i, &g) in g.iter().enumerate() {
-            let old: Vec<f32> = ins[..n].iter().map(|t| t.as_f32()[i]).collect();
+            let value = |t: &&Tensor| match &t.data {
+                Data::I8(codes) => f32::from(codes[i]),
+                _ => t.as_f32()[i],
+            };
+            let old: Vec<f32> = ins[..n].iter().map(value).collect();
             out.iter_mut().zip(self.step(&old, g, rates)).for_each(|(o, x)| o.push(x));
         }
-        out.into_iter().map(|o| Tensor::f32(&ins[0].ty.dims, o)).collect()
+        let stored = |(values, t): (Vec<f32>, &&Tensor)| match t.ty.dtype {
+            DType::I8 => Tensor { ty: t.ty.clone(), data: Data::I8(values.into_iter().map(|x| x as i8).collect()) },
+            _ => Tensor::f32(&t.ty.dims, values),
+        };
+        out.into_iter().zip(ins).map(stored).collect()
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {
@@ -236,14 +264,19 @@ impl OpDef for Descend {
     }
 
     fn lower(&self, cx: &mut Lower<'_>) {
-        let (n, ty) = (self.n(), cx.ty(0).clone());
+        let (n, ty, tys) = (self.n(), cx.ty(0).clone(), cx.in_types());
         let bufs: Vec<_> = (0..n + 2).map(|k| cx.buf(k)).collect();
         let row = cx.grid(ty.rows());
         let base = cx.bind(row * ty.cols());
         let rates: Vec<Expr> = (0..5).map(|i| cx.b.bind(Expr::load(bufs[n + 1], Expr::from(i)))).collect();
         cx.lanes(0, ty.cols(), 2, |cx, col| {
             let at = cx.bind(&base + col);
-            let old: Vec<Expr> = bufs[..n].iter().map(|&b| cx.b.bind(Expr::load(b, &at))).collect();
+            let narrow = |k: usize| tys[k].dtype == DType::I8;
+            let load = |(k, &b): (usize, &Buf)| {
+                let x = Expr::load(b, &at);
+                cx.b.bind(if narrow(k) { x.cast(Ty::F32) } else { x })
+            };
+            let old: Vec<Expr> = bufs[..n].iter().enumerate().map(load).collect();
             let new = self.emit(cx, &old, Expr::load(bufs[n], &at), &rates);
             new.into_iter().zip(&bufs).for_each(|(x, &b)| cx.store(b, &at, x));
         });
@@ -266,7 +299,7 @@ impl OpDef for Descend {
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
         let adam = DescentRule::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8 };
-        let agreement = |idle, gate| DescentRule::Agreement {
+        let agreement = |idle, gate, bytes| DescentRule::Agreement {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
@@ -276,25 +309,31 @@ impl OpDef for Descend {
             idle,
             fade: 0.95,
             gate,
+            bytes,
         };
         let of = |rule: DescentRule, decay, dims: &[usize]| {
-            let n = rule.memory().len() + 2;
-            (Descend { rule, decay }, [vec![Type::f32(dims); n], vec![Type::f32(&[5])]].concat())
+            let w = Type::f32(dims);
+            let memory = rule.memory_types(&w);
+            (Descend { rule, decay }, [vec![w.clone()], memory, vec![w, Type::f32(&[5])]].concat())
         };
         vec![
             of(adam, 0.1, &[7, 11]),
             of(adam, 0.0, &[37]),
             of(DescentRule::Momentum { mu: 0.9 }, 0.1, &[3, 40]),
-            of(agreement(Idle::Standard, None), 0.0, &[5, 9]),
-            of(agreement(Idle::Freeze, Some([2.0, 4.0])), 0.1, &[2, 2, 17]),
-            of(agreement(Idle::Decay, None), 0.0, &[33]),
-            of(agreement(Idle::Inertia, None), 0.0, &[3, 8]),
+            of(agreement(Idle::Standard, None, false), 0.0, &[5, 9]),
+            of(agreement(Idle::Freeze, Some([2.0, 4.0]), false), 0.1, &[2, 2, 17]),
+            of(agreement(Idle::Decay, None, false), 0.0, &[33]),
+            of(agreement(Idle::Inertia, None, false), 0.0, &[3, 8]),
+            of(agreement(Idle::Decay, Some([2.0, 4.0]), true), 0.1, &[3, 40]),
         ]
     }
 
     fn sample_input(&self, k: usize, ty: &Type, random: &mut dyn FnMut() -> f32) -> Tensor {
         let n = self.n();
         let mut t = super::random_tensor(ty, random);
+        if let Data::I8(codes) = &mut t.data {
+            codes.iter_mut().for_each(|c| *c = (*c).max(-127));
+        }
         if let Data::F32(values) = &mut t.data {
             for (i, x) in values.iter_mut().enumerate() {
                 *x = match k {

@@ -11,7 +11,8 @@ use crate::{
 };
 
 /// `(W [m, n] or [G, m, n], alpha [m, nb] or [G, m, nb])` → `alpha * q` of the shape of `W`, with `q` as in [`super::PackTernary`]:
-/// the weights that float activations meet.
+/// the weights that float activations meet. A third operand, of the type of `alpha`, has the limits above which a weight is not
+/// zero, in place of `ratio * alpha`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TernaryDense {
     /// Columns that share a scale.
@@ -24,18 +25,29 @@ impl OpDef for TernaryDense {
     const NAME: &'static str = "ternary_dense";
 
     fn infer(&self, ins: &[Type]) -> Result<Vec<Type>, InferError> {
-        check_scales(Self::NAME, self.group, ins)?;
-        Ok(vec![ins[0].clone()])
+        check_scales(Self::NAME, self.group, &ins[..ins.len().min(2)])?;
+        match ins {
+            [w, _] => Ok(vec![w.clone()]),
+            [w, alpha, limit] if alpha == limit => Ok(vec![w.clone()]),
+            _ => Err(InferError::new(Self::NAME, "takes limits of the type of the scales, or none")),
+        }
     }
 
     fn eval(&self, ins: &[&Tensor]) -> Vec<Tensor> {
-        let codes = reference(self.group, self.ratio, ins[0], ins[1]);
-        vec![Tensor::f32(&ins[0].ty.dims, codes.into_iter().map(|(q, alpha)| f32::from(q) * alpha).collect())]
+        let scales = reference(self.group, self.ratio, ins[0], ins[1]);
+        let codes = match ins.get(2) {
+            None => scales.clone(),
+            Some(limit) => reference(self.group, 1.0, ins[0], limit),
+        };
+        let values = codes.into_iter().zip(scales).map(|((q, _), (_, alpha))| f32::from(q) * alpha).collect();
+        vec![Tensor::f32(&ins[0].ty.dims, values)]
     }
 
     fn vjp(&self, cx: &mut VjpCx<'_>) -> Result<Vec<Option<Value>>, InferError> {
         // Straight through to the latent; the scale is a constant.
-        Ok(vec![Some(cx.grad()), None])
+        let mut grads = vec![None; cx.ins.len()];
+        grads[0] = Some(cx.grad());
+        Ok(grads)
     }
 
     fn flops(&self, ins: &[Type], _: &[Type]) -> Flops {
@@ -46,11 +58,16 @@ impl OpDef for TernaryDense {
         let (w, alpha) = (cx.ty(0).clone(), cx.ty(1).clone());
         let (n, nb) = (w.cols(), alpha.cols());
         let (width, scales) = (scale_width(self.group, n, nb), cx.buf(1));
+        let limits = (cx.n_ins() > 2).then(|| cx.buf(2));
         let row = cx.b.grid(w.rows());
         let first = cx.b.bind(&row % alpha.rows() * nb);
         let group = |cx: &mut Lower<'_>, b: &Expr, len: usize| {
             let scale = cx.b.bind(Expr::load(scales, &first + b));
-            let limit = cx.b.bind(f32c(self.ratio) * &scale);
+            let limit = match limits {
+                None => f32c(self.ratio) * &scale,
+                Some(limits) => Expr::load(limits, &first + b),
+            };
+            let limit = cx.b.bind(limit);
             let lo = cx.b.bind(b * width);
             cx.lanes(0, len, 2, |cx, j| {
                 let col = cx.b.bind(&lo + j);
@@ -76,8 +93,8 @@ impl OpDef for TernaryDense {
         0..1
     }
 
-    fn axes(&self, _: &[Type]) -> Vec<Axis> {
-        vec![Axis::Weight { rank: 2 }, Axis::Weight { rank: 2 }]
+    fn axes(&self, ins: &[Type]) -> Vec<Axis> {
+        vec![Axis::Weight { rank: 2 }; ins.len()]
     }
 
     fn samples() -> Vec<(Self, Vec<Type>)> {
@@ -86,6 +103,7 @@ impl OpDef for TernaryDense {
             (of(0.5), vec![Type::f32(&[7, 300]), Type::f32(&[7, 3])]),
             (of(0.7), vec![Type::f32(&[2, 3, 64]), Type::f32(&[3, 1])]),
             (of(0.5), vec![Type::f32(&[2, 5, 130]), Type::f32(&[2, 5, 2])]),
+            (of(0.5), vec![Type::f32(&[7, 300]), Type::f32(&[7, 1]), Type::f32(&[7, 1])]),
         ]
     }
 
@@ -95,6 +113,10 @@ impl OpDef for TernaryDense {
 
     fn rejects() -> Vec<(Self, Vec<Type>)> {
         let of = TernaryDense { group: 64, ratio: 0.5 };
-        vec![(of.clone(), vec![Type::f32(&[7, 300]), Type::f32(&[7, 3])]), (of, vec![Type::f32(&[7]), Type::f32(&[7])])]
+        vec![
+            (of.clone(), vec![Type::f32(&[7, 300]), Type::f32(&[7, 3])]),
+            (of.clone(), vec![Type::f32(&[7, 64]), Type::f32(&[7, 1]), Type::f32(&[1])]),
+            (of, vec![Type::f32(&[7]), Type::f32(&[7])]),
+        ]
     }
 }

@@ -3,12 +3,14 @@
 //! Buffers say where bytes lie, kernels what is computed, steps in which order. Machine code is never part of a plan.
 
 mod crc32c;
+mod memory;
 #[cfg(test)]
 mod tests;
 mod text;
 mod tree;
 mod verify;
 
+pub use memory::Memory;
 pub use text::{PlanError, from_bytes, from_text, to_bytes, to_text};
 pub use verify::{MAX_BYTES, MAX_LOOP, verify};
 
@@ -92,6 +94,15 @@ impl WeightKind {
 
 /// The compile option that says how the losses of probes are compared: a name of [`Comparison::ALL`].
 pub const ESTIMATOR: &str = "estimator";
+/// The compile option with the numbers of a rule that goes by the agreement of gradients: lambda, least and greatest kappa, eps, both
+/// betas, and where there is a gate its threshold and sharpness.
+pub const AGREEMENT: &str = "agreement";
+/// Weights of a dynamic quantiser begin so: `quantiser.NAME`, the scale `f32 [1]` of the ternary weight of that name, and two more.
+pub const QUANTISER: &str = "quantiser.";
+/// The threshold of a dynamic quantiser as a share of the scale, `f32 [1]`.
+pub const QUANTISER_THRESHOLD: &str = "quantiser.threshold";
+/// The threshold that its warm-up ends at, `f32 [1]`.
+pub const QUANTISER_TARGET: &str = "quantiser.target";
 /// The compile option that says how many steps a kept mask lasts.
 pub const MASK_REFRESH: &str = "mask-refresh";
 

@@ -171,6 +171,19 @@ impl Executable {
         }
     }
 
+    /// The bytes of a weight whose elements are bytes, signed or not.
+    ///
+    /// # Errors
+    /// No such weight, wider elements, or a weight that was never set.
+    pub fn weight_bytes(&self, name: &str) -> Result<&[u8], ExecError> {
+        let i = self.weight_index(name)?;
+        let ty = &self.plan.weights[i].ty;
+        if ty.dtype.size() != 1 {
+            return Err(shape("weight", name, Type::new(DType::U8, &ty.dims).to_string(), ty.to_string()));
+        }
+        self.memory.weights[i].slice(ty.numel()).ok_or_else(|| ExecError::Unset { name: name.to_owned() })
+    }
+
     /// Names of the weights that have no values yet.
     pub fn missing_weights(&self) -> Vec<&str> {
         let weights = self.plan.weights.iter().zip(&self.weight_set);

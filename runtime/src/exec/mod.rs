@@ -26,7 +26,7 @@ use crate::affinity::available_threads;
 use crate::pool::Pool;
 use chimera_codegen::{Allowed, Module, Target, compile_with, host};
 use chimera_ir::plan::{self, Place, Plan, Step, WeightKind};
-use memory::{ALIGN, Block, WeightMemory, bytes_of};
+use memory::{Block, WeightMemory, bytes_of};
 use program::{Flat, Memory, Table};
 use region::Regions;
 use shares::Shares;
@@ -150,24 +150,13 @@ impl Executable {
     pub fn new(plan: Plan, options: &ExecOptions) -> Result<Executable, ExecError> {
         plan::verify(&plan)?;
         let threads = options.threads.max(1);
-        // Regions of two workers never share a cache line, nor the pair that a prefetcher fetches.
-        let scratch_stride =
-            plan.kernels.iter().map(|k| k.scratch_bytes()).max().unwrap_or(0).next_multiple_of(2 * ALIGN);
-        let input_bytes = |e: &plan::Entry| e.inputs.iter().map(|i| plan.buffer(i.1).ty.bytes() as u64).sum::<u64>();
-        let table_len = program::table_len(&plan);
+        let scratch_stride = plan.scratch_stride();
         let eager = with_memory(&plan);
         let weight_bytes = |i: &usize| plan.weights[*i].ty.bytes() as u64;
-        let parts = [
-            ("the arena", plan.arena()),
-            ("persistent memory", plan.persistent),
-            (WEIGHTS, (0..plan.weights.len()).filter(|&i| eager[i]).map(|i| weight_bytes(&i)).sum()),
-            ("the states", plan.state_bytes()),
-            ("scratch memory", scratch_stride as u64 * threads as u64),
-            ("the inputs", plan.entries.iter().map(input_bytes).fold(0, u64::saturating_add)),
-            ("the table of addresses", table_len.saturating_mul(8)),
-        ];
+        let weights = (0..plan.weights.len()).filter(|&i| eager[i]).map(|i| weight_bytes(&i)).sum();
+        let needs = plan::Memory { weights, ..plan.memory(threads) };
         let mut bytes = 0u64;
-        for (what, needed) in parts {
+        for (what, needed) in needs.parts() {
             bytes = bytes.saturating_add(needed);
             if bytes > options.max_bytes {
                 let allowed = Some(needed.saturating_sub(bytes - options.max_bytes));
@@ -181,7 +170,7 @@ impl Executable {
         let pool = pool.map_err(ExecError::Threads)?;
         let sizes = (0..plan.weights.len()).filter(|&i| eager[i]).map(|i| weight_bytes(&i));
         let state_bytes = |s: usize| program::stride(&plan, s) as u64 * u64::from(plan.states[s].copies);
-        let scratch_bytes = scratch_stride as u64 * threads as u64;
+        let scratch_bytes = needs.scratch;
         let inputs = plan.entries.iter().flat_map(|e| &e.inputs).map(|i| plan.buffer(i.1).ty.bytes() as u64);
         let sizes = sizes.chain((0..plan.states.len()).map(state_bytes)).chain(inputs).chain([
             plan.arena(),
@@ -207,7 +196,7 @@ impl Executable {
             states: (0..plan.states.len()).map(|s| block("a state", state_bytes(s))).collect::<Result<_, _>>()?,
         };
         write_constants(&plan, &mut memory);
-        let mut table = Table::with_capacity(table_len as usize, plan.weights.len());
+        let mut table = Table::with_capacity(plan.addresses() as usize, plan.weights.len());
         let entries: Vec<Flat> = plan.entries.iter().map(|e| table.flatten(&plan, &memory, e)).collect();
         let mut input = |i: &(String, plan::BufferId)| {
             Ok(Input { value: block("an input", plan.buffer(i.1).ty.bytes() as u64)?, set: false })

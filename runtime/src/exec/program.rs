@@ -120,36 +120,6 @@ fn merged(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
     out
 }
 
-/// The number of addresses that [`Table`] will hold for a plan.
-pub(super) fn table_len(plan: &Plan) -> u64 {
-    let mut total = 0u64;
-    for entry in &plan.entries {
-        let mut iterations = 1u64;
-        for step in &entry.steps {
-            if let Step::LoopBegin { max, .. } = step {
-                iterations = u64::from(*max);
-            }
-            let buffers = buffers(step);
-            let n = buffers.len() as u64;
-            let copies = if varies(plan, &buffers) { iterations } else { 1 };
-            total = total.saturating_add(n.saturating_mul(copies));
-            if let Step::LoopEnd { .. } = step {
-                iterations = 1;
-            }
-        }
-    }
-    total
-}
-
-fn buffers(step: &Step) -> Vec<BufferId> {
-    match step {
-        Step::Run { args, .. } => args.clone(),
-        Step::Copy { from, to } => vec![*from, *to],
-        Step::LoopBegin { counter, .. } => vec![*counter],
-        Step::LoopEnd { again } => vec![*again],
-    }
-}
-
 fn varies(plan: &Plan, buffers: &[BufferId]) -> bool {
     buffers.iter().any(|b| matches!(plan.buffer(*b).place, Place::State(_)))
 }
@@ -217,7 +187,7 @@ impl Table {
             if let Step::LoopBegin { max, .. } = step {
                 iterations = *max as usize;
             }
-            let addresses = self.add(plan, memory, &buffers(step), iterations);
+            let addresses = self.add(plan, memory, &step.buffers(), iterations);
             ops.push(match step {
                 Step::Run { kernel, args, split, .. } => {
                     let k = &plan.kernels[kernel.0 as usize];

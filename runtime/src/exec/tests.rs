@@ -338,7 +338,7 @@ fn unsound_plans_and_small_limits_are_refused() {
 #[test]
 fn a_table_is_as_long_as_computed() {
     let e = Executable::new(plan(), &options(1, "interp")).unwrap();
-    assert_eq!(e.table.len() as u64, program::table_len(e.plan()));
+    assert_eq!(e.table.len() as u64, e.plan().addresses());
 }
 
 #[test]

@@ -72,6 +72,10 @@ pub enum Encoding {
     Bf16,
     /// Signed 32-bit integers, row-major.
     I32,
+    /// Signed bytes, row-major.
+    I8,
+    /// Bytes, row-major.
+    U8,
     /// Packed codes of a matrix and their scales.
     Ternary {
         /// Input columns that share a scale.
@@ -102,6 +106,8 @@ impl Encoding {
             Encoding::F32 => Some(DType::F32),
             Encoding::Bf16 => Some(DType::BF16),
             Encoding::I32 => Some(DType::I32),
+            Encoding::I8 => Some(DType::I8),
+            Encoding::U8 => Some(DType::U8),
             Encoding::Ternary { .. } => None,
         }
     }
@@ -112,6 +118,8 @@ impl Encoding {
             Encoding::F32 => (0, 0, 0),
             Encoding::Bf16 => (1, 0, 0),
             Encoding::I32 => (2, 0, 0),
+            Encoding::I8 => (4, 0, 0),
+            Encoding::U8 => (5, 0, 0),
             Encoding::Ternary { group, scales: ScaleEncoding::F32 } => (3, 0, group as u64),
             Encoding::Ternary { group, scales: ScaleEncoding::Bf16 } => (3, 1, group as u64),
         }
@@ -127,6 +135,8 @@ impl Encoding {
             (0, 0, 0) => Some(Encoding::F32),
             (1, 0, 0) => Some(Encoding::Bf16),
             (2, 0, 0) => Some(Encoding::I32),
+            (4, 0, 0) => Some(Encoding::I8),
+            (5, 0, 0) => Some(Encoding::U8),
             (3, _, group) => Some(Encoding::Ternary { group: usize::try_from(group).ok()?, scales }),
             _ => None,
         }

@@ -10,7 +10,8 @@ use super::paradigms::Stage;
 use super::weights::WeightFile;
 use crate::exec::Executable;
 use crate::files::b158::{self, Encoding, Entry};
-use chimera_ir::plan::WeightKind;
+use chimera_ir::DType;
+use chimera_ir::plan::{WeightDecl, WeightKind};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -96,14 +97,23 @@ pub fn save(folder: &Path, exec: &Executable, meta: &Meta, keep: usize) -> Resul
 /// When it cannot be written; a file that was there is then unchanged.
 pub fn write(path: &Path, exec: &Executable, meta: &Meta) -> Result<(), TrainError> {
     let weights = &exec.plan().weights;
-    let values: Vec<Cow<'_, [f32]>> = weights.iter().map(|w| exec.weight_f32(&w.name)).collect::<Result<_, _>>()?;
+    let floats = |w: &WeightDecl| match w.ty.dtype.size() {
+        1 => Ok(Cow::default()),
+        _ => exec.weight_f32(&w.name),
+    };
+    let values: Vec<Cow<'_, [f32]>> = weights.iter().map(floats).collect::<Result<_, _>>()?;
     let states = carried::states(exec)?;
-    let tensors: Vec<Entry<'_>> = weights
-        .iter()
-        .zip(&values)
-        .map(|(w, v)| Entry::f32(&w.name, &w.ty.dims, v))
-        .chain(states.iter().map(|(name, bytes)| Entry::stored(name, Encoding::I32, &[bytes.len() / 4], &bytes[..])))
-        .collect();
+    let mut tensors: Vec<Entry<'_>> = vec![];
+    for (w, values) in weights.iter().zip(&values) {
+        let stored = |encoding| Ok(Entry::stored(&w.name, encoding, &w.ty.dims, exec.weight_bytes(&w.name)?));
+        tensors.push(match w.ty.dtype {
+            DType::I8 => stored(Encoding::I8),
+            DType::U8 => stored(Encoding::U8),
+            _ => Ok::<_, TrainError>(Entry::f32(&w.name, &w.ty.dims, values)),
+        }?);
+    }
+    tensors
+        .extend(states.iter().map(|(name, bytes)| Entry::stored(name, Encoding::I32, &[bytes.len() / 4], &bytes[..])));
     let p = &meta.progress;
     let progress = json!({
         "step": p.step, "position": p.position, "ema": p.ema, "lowest": p.lowest, "seconds": p.seconds, "rollbacks": p.rollbacks,
@@ -169,7 +179,7 @@ mod tests {
     use super::*;
     use crate::exec::ExecOptions;
     use chimera_ir::Type;
-    use chimera_ir::plan::{BufferDecl, Place, Plan, WeightDecl};
+    use chimera_ir::plan::{BufferDecl, Place, Plan};
 
     fn executable() -> Executable {
         let kinds =

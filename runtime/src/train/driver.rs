@@ -4,11 +4,13 @@
 //! changes nothing. A step is in the journal before the next one begins.
 
 use super::TrainError;
+use super::agreement::Agreement;
 use super::backprop::DECAY;
 use super::checkpoint::{self, Meta};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
 use super::paradigms::{Stage, Stages};
+use super::quantiser::Codes;
 use super::schedule::Schedule;
 use super::step::{Probed, Trainer};
 use super::watch::{MemoryWatch, explodes, is_calm};
@@ -345,6 +347,10 @@ impl Run<'_> {
         if validated {
             self.measure(options, on)?;
         }
+        let (agreement, codes) = match validated {
+            true => (Agreement::of(self.trainer.exec(), step, lr)?, Codes::of(self.trainer.exec())?),
+            false => (None, None),
+        };
         let mut tally = LossTally::default();
         tally.add(probed.loss, batch, self.vocab);
         let resident = resident_bytes();
@@ -357,6 +363,8 @@ impl Run<'_> {
             ema,
             spread: probed.spread(),
             norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
+            agreement,
+            codes,
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             position: self.progress.position,

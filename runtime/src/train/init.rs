@@ -3,9 +3,10 @@
 //! Invariant: the values of a weight depend on its name, shape, role and the seed alone, so a model can be made weight by weight, in
 //! any order, on any machine.
 
-use super::TrainError;
+use super::{TrainError, quantiser};
 use crate::exec::Executable;
 use crate::rng::{STEP_INIT, Stream};
+use chimera_ir::DType;
 use chimera_ir::plan::{Plan, WeightDecl, WeightKind};
 
 /// Standard deviation of the persistent slots of a memory layer.
@@ -101,9 +102,14 @@ pub fn initializer_range(plan: &Plan) -> Result<f64, TrainError> {
 pub fn initialise(exec: &mut Executable, seed: u64) -> Result<(), TrainError> {
     let range = initializer_range(exec.plan())?;
     for weight in exec.plan().weights.clone() {
-        exec.set_weight(&weight.name, &weight.ty.dims, &initial(&weight, range, seed))?;
+        let (name, dims, n) = (&weight.name, &weight.ty.dims, weight.ty.numel());
+        match weight.ty.dtype {
+            DType::I8 => exec.set_weight(name, dims, &vec![0i8; n])?,
+            DType::U8 => exec.set_weight(name, dims, &vec![0u8; n])?,
+            _ => exec.set_weight(name, dims, &initial(&weight, range, seed))?,
+        }
     }
-    Ok(())
+    quantiser::settle(exec)
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! Invariant: tokens of data and tokens of forward passes are never mixed; rates of both are reported apart.
 
 use super::TrainError;
+use super::agreement::Agreement;
+use super::quantiser::Codes;
 use crate::files::FileError;
 use crate::files::atomic::write_atomic;
 use serde_json::{Map, Value, json};
@@ -59,6 +61,10 @@ pub struct StepMetrics {
     pub spread: f64,
     /// Norm of the gradient before it is limited, where the step goes along one.
     pub norm: Option<f64>,
+    /// What the agreement of gradients does, where the rule goes by it and the step was measured.
+    pub agreement: Option<Agreement>,
+    /// Codes of the ternary weights, where their quantiser is dynamic and the step was measured.
+    pub codes: Option<Codes>,
     /// Latest measurement on held-out data.
     pub validation: Option<Validation>,
     /// Whether the measurement was made behind this step.
@@ -108,6 +114,12 @@ impl StepMetrics {
             Some(norm) => put("gradient_norm", json!(norm)),
             None => put("spread", json!(self.spread)),
         };
+        if let Some(codes) = &self.codes {
+            put("quantiser", codes.to_json());
+        }
+        if let Some(agreement) = &self.agreement {
+            put("agreement", agreement.to_json());
+        }
         if let (true, Some(v)) = (self.validated, self.validation) {
             put("val", json!(v.nats_per_token));
             put("val_bits_per_byte", json!(v.bits_per_byte));
@@ -260,8 +272,23 @@ impl fmt::Display for Short {
 
 /// Resident memory of this process in bytes, where the system tells it.
 pub fn resident_bytes() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// The most resident memory that this process has had so far in bytes, where the system tells it.
+pub fn peak_bytes() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// Lets [`peak_bytes`] begin anew with what is resident now, where the system can.
+pub fn forget_peak() {
+    // Without it the peak is that of the whole process, which is right for one run.
+    let _ = fs::write("/proc/self/clear_refs", "5");
+}
+
+fn status(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes << 10)
 }
@@ -280,6 +307,8 @@ mod tests {
             ema: 3.5,
             spread: 0.02,
             norm: None,
+            agreement: None,
+            codes: None,
             validation: None,
             validated: false,
             position: 5120,

@@ -3,6 +3,7 @@
 //! Invariant: after the same number of steps, weights, optimizer memory and data position depend on plan, seed, options and data alone,
 //! not on threads, interruptions or the clock (unless a time budget was asked for).
 
+pub mod agreement;
 mod backprop;
 mod carried;
 pub mod checkpoint;
@@ -14,6 +15,7 @@ pub mod journal;
 pub mod metrics;
 pub mod paradigms;
 pub mod prefix;
+pub mod quantiser;
 mod schedule;
 pub mod standing;
 mod step;

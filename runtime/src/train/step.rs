@@ -8,7 +8,7 @@ use super::compare;
 use super::paradigms::{Replan, Stage};
 use super::prefix::{self, Keeping, PREFIX, Prefix};
 use super::weights::WeightFile;
-use super::{carried, checkpoint};
+use super::{carried, checkpoint, quantiser};
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
 use crate::text::{Batch, HeldOut, LossTally, Vocab};
@@ -319,6 +319,7 @@ impl Trainer {
             }
         };
         let Some(comparison) = self.comparison else {
+            quantiser::advance(&mut self.exec, step)?;
             let given = backprop::Given { batch, depths: drawn.as_deref(), prefix: kept };
             return backprop::descent(&mut self.exec, self.dual, given, &self.loads, step);
         };

@@ -70,6 +70,17 @@ impl EventFile {
         }
         put("speed/data_tokens_per_second", m.data_rate());
         put("speed/forward_tokens_per_second", m.forward_rate());
+        if let Some(codes) = m.codes {
+            put("quantiser/bits", codes.bits());
+            put("quantiser/zeros", codes.shares[1]);
+            put("quantiser/threshold", codes.threshold);
+        }
+        if let Some(a) = m.agreement {
+            put("agreement/psi", a.psi);
+            put("agreement/kappa", a.kappa);
+            put("agreement/noise", a.noise);
+            put("agreement/gate", a.gate);
+        }
         match m.norm {
             Some(norm) => put("estimator/gradient_norm", norm),
             None => put("estimator/spread", m.spread),
@@ -137,6 +148,8 @@ mod tests {
             ema: 3.25,
             spread: 0.125,
             norm: None,
+            agreement: None,
+            codes: None,
             validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5), preferred: None }),
             validated: step == 300,
             position: 640,

@@ -309,6 +309,8 @@ impl Float<'_> {
         match self.dtype {
             DType::F32 => Some(ElementType::F32),
             DType::BF16 => Some(ElementType::BF16),
+            DType::I8 => Some(ElementType::I8),
+            DType::U8 => Some(ElementType::U8),
             _ => None,
         }
     }
@@ -331,6 +333,7 @@ impl Float<'_> {
                 .0
                 .chunks(1 << 12)
                 .any(|c| c.iter().fold(false, |bad, b| bad | (u32::from_le_bytes(*b) & 0x7F80_0000 == 0x7F80_0000))),
+            DType::I8 | DType::U8 => true,
             DType::BF16 => !self.bytes.as_chunks::<2>().0.iter().any(|b| u16::from_le_bytes(*b) & 0x7F80 == 0x7F80),
             _ => self.values().iter().all(|x| x.is_finite()),
         }

@@ -8,9 +8,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use chimera_codegen::Target;
-use chimera_compiler::tuning::Table;
+use chimera_compiler::budget::parse_bytes;
+use chimera_compiler::tuning::{THREADS, Table};
 use chimera_compiler::{
-    CompileError, EntryKind, EntrySpec, Family, Mode, Options, PerSequence, Scheme, Shared, UpdateRule,
+    CompileError, EntryKind, EntrySpec, Family, MemoryBudget, Mode, Options, PerSequence, Scheme, Shared, UpdateRule,
 };
 use chimera_frontends::config::{
     ConfigError, ModelConfig, Overrides, ParamKind, Scale, Vocabulary, VocabularyError, expert_stack, parameters,
@@ -102,6 +103,7 @@ impl From<CompileError> for Failure {
             CompileError::Infer { .. } => Failure::config(e.to_string()),
             CompileError::Option(_) => Failure::usage(e.to_string()),
             CompileError::Dump(path, error) => Failure::write(path, error),
+            CompileError::Budget { .. } => Failure::resource(e.to_string()),
             CompileError::Stopped(_) => Failure::new(e.to_string()),
         }
     }
@@ -278,6 +280,9 @@ pub(crate) struct BuildArgs {
     /// Choose the variants of kernels by this table, which chimerac tune has made on this machine
     #[arg(long, env = "CHIMERA_TUNING", value_name = "TABLE")]
     pub(crate) tuning: Option<PathBuf>,
+    /// Memory that the plan may take, such as 4G or 800M: grad makes parts of the forward pass again where it would take more
+    #[arg(long, env = "CHIMERA_BUDGET", value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) budget: Option<u64>,
     /// Let the compiler do at most so many rewrites, to find a wrong one
     #[arg(long, env = "CHIMERA_MAX_REWRITES", value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
     pub(crate) max_rewrites: u64,
@@ -347,6 +352,7 @@ impl BuildArgs {
             packed: self.packed(model),
             max_rewrites: self.max_rewrites,
             tuning: self.table(&self.target())?,
+            budget: self.budget.map(|bytes| MemoryBudget { bytes, outside: 0, threads: THREADS }),
             ..Options::default()
         })
     }

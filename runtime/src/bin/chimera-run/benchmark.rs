@@ -11,8 +11,9 @@ use crate::paradigms::{FormName, ParadigmArgs};
 use crate::probes::ModeName;
 use crate::report::comparison::{Comparison, Subject};
 use crate::report::factors::{Factors, Paradigm};
+use crate::resume;
 use crate::session::Interrupt;
-use crate::train::{self, Args};
+use crate::train::Args;
 use crate::watch::Reporter;
 use chimera_runtime::files::atomic::write_atomic;
 use chimera_runtime::train::Measure;
@@ -54,7 +55,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let (runs, paradigms, left) = runs(args, &out, seconds)?;
     for (_, run) in &runs {
         if let Some(folder) = &run.out {
-            train::refuse_run(folder, "choose another folder by --out")?;
+            resume::refuse_run(folder, "choose another folder by --out")?;
         }
     }
     let (contenders, failure) =

@@ -11,6 +11,7 @@ use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::paradigms::ParadigmArgs;
 use crate::phases::PhaseArgs;
 use crate::report::comparison::{Comparison, Contender, Ending, Subject};
+use crate::resume;
 use crate::session::Interrupt;
 use crate::train;
 use crate::watch::{Reporter, WatchArgs};
@@ -87,7 +88,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     for run in &runs {
         run.hyper.checked()?;
         if let Some(folder) = &run.out {
-            train::refuse_run(folder, "choose another folder by --out")?;
+            resume::refuse_run(folder, "choose another folder by --out")?;
         }
     }
     let reporter = Reporter::new(None, false, args.quiet);

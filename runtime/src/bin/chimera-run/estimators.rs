@@ -5,7 +5,7 @@
 
 use crate::hyper::Hyper;
 use crate::probes::OptimiserName;
-use chimera_compiler::{Descent, EntryKind, Scheme};
+use chimera_compiler::{Descent, EntryKind, Scheme, StateForm};
 use chimera_ir::ops::{DescentRule, Idle};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -116,7 +116,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
         warmup: 20,
         weight_decay: 0.1,
         beta2: 0.95,
-        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "accumulate"],
+        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "accumulate", "state"],
     },
     EstimatorRow {
         name: EstimatorName::Sgd,
@@ -138,7 +138,17 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
         warmup: 20,
         weight_decay: 0.1,
         beta2: 0.999,
-        options: &["weight_decay", "beta1", "beta2", "adam_eps", "clip", "accumulate", "zero_gradient"],
+        options: &[
+            "weight_decay",
+            "beta1",
+            "beta2",
+            "adam_eps",
+            "clip",
+            "accumulate",
+            "zero_gradient",
+            "kappa_gate",
+            "psi_bytes",
+        ],
     },
 ];
 
@@ -180,6 +190,48 @@ impl ZeroGradient {
     }
 }
 
+/// What holds the agreement back where gradients are noise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KappaGate {
+    /// Nothing
+    None,
+    /// The ratio of the root of the mean of squares to the mean, open below 2
+    NoiseRatio,
+}
+
+impl KappaGate {
+    /// Threshold and sharpness (semantics 12.2).
+    fn numbers(self) -> Option<[f32; 2]> {
+        match self {
+            KappaGate::None => None,
+            KappaGate::NoiseRatio => Some([2.0, 4.0]),
+        }
+    }
+}
+
+/// How the memory of a matrix is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum StateName {
+    /// Floats
+    #[value(name = "32bit")]
+    #[serde(rename = "32bit")]
+    Full,
+    /// A byte for each number, with scales for blocks of 128
+    #[value(name = "8bit")]
+    #[serde(rename = "8bit")]
+    Bytes,
+}
+
+impl StateName {
+    fn form(self) -> StateForm {
+        match self {
+            StateName::Full => StateForm::Full,
+            StateName::Bytes => StateForm::Bytes,
+        }
+    }
+}
+
 /// An estimator with its numbers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Way {
@@ -196,7 +248,7 @@ impl Hyper {
             Way::Probe(scheme) => [EntryKind::DualLoss(scheme.clone()), EntryKind::Update(scheme, self.rule(balance))],
             Way::Descend(rule) => {
                 let (weight_decay, clip) = (self.weight_decay as f32, self.clip as f32);
-                let descent = Descent { rule, weight_decay, clip, balance: balance as f32 };
+                let descent = Descent { rule, weight_decay, clip, state: self.state.form(), balance: balance as f32 };
                 [EntryKind::Backward { accumulate: self.accumulate > 1 }, EntryKind::Descend(descent)]
             }
         }
@@ -227,7 +279,8 @@ impl Hyper {
                 bounds: [0.5, 2.0],
                 idle: self.zero_gradient.idle(),
                 fade: 0.95,
-                gate: None,
+                gate: self.kappa_gate.numbers(),
+                bytes: self.psi_bytes,
             }),
         }
     }

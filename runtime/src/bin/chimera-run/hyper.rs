@@ -2,7 +2,7 @@
 //!
 //! Invariant: a resumed run has the options of the checkpoint; an option that says otherwise is refused, never ignored.
 
-use crate::estimators::{ESTIMATORS, EstimatorName, ZeroGradient, of_some};
+use crate::estimators::{ESTIMATORS, EstimatorName, KappaGate, StateName, ZeroGradient, of_some};
 use crate::options::Failure;
 use crate::paradigms::Paradigms;
 use crate::phases::Phase;
@@ -124,6 +124,15 @@ pub struct HyperArgs {
     /// What becomes of the agreement of a weight whose gradient is zero (chimera21) [default: standard]
     #[arg(long, env = "CHIMERA_ZERO_GRADIENT")]
     pub zero_gradient: Option<ZeroGradient>,
+    /// What holds the agreement back where gradients are noise (chimera21) [default: none]
+    #[arg(long, env = "CHIMERA_KAPPA_GATE")]
+    pub kappa_gate: Option<KappaGate>,
+    /// Keep the agreement in a byte for each weight (chimera21)
+    #[arg(long, env = "CHIMERA_PSI_BYTES", num_args = 0..=1, default_missing_value = "true")]
+    pub psi_bytes: Option<bool>,
+    /// How the running means of matrices are kept (adamw) [default: 32bit]
+    #[arg(long, env = "CHIMERA_STATE")]
+    pub state: Option<StateName>,
     /// Train only the weights whose names match one of these patterns, separated by commas; `*` stands for any characters
     #[arg(long, env = "CHIMERA_ONLY", value_name = "PATTERN,...")]
     pub only: Option<String>,
@@ -212,6 +221,9 @@ pub struct Hyper {
     pub clip: f64,
     pub accumulate: u32,
     pub zero_gradient: ZeroGradient,
+    pub kappa_gate: KappaGate,
+    pub psi_bytes: bool,
+    pub state: StateName,
     /// Patterns of the names of weights that are trained; all when absent.
     pub only: Option<String>,
     pub seed: u64,
@@ -277,6 +289,9 @@ impl HyperArgs {
             clip: self.clip.unwrap_or(1.0),
             accumulate: self.accumulate.unwrap_or(1),
             zero_gradient: self.zero_gradient.unwrap_or(ZeroGradient::Standard),
+            kappa_gate: self.kappa_gate.unwrap_or(KappaGate::None),
+            psi_bytes: self.psi_bytes.unwrap_or(false),
+            state: self.state.unwrap_or(StateName::Full),
             only: self.only.clone(),
             seed: self.seed.unwrap_or(0),
             val_fraction: self.val_fraction.unwrap_or(0.05),
@@ -317,7 +332,7 @@ impl HyperArgs {
             unit
         );
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
-        put!(beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
+        put!(beta1, beta2, adam_eps, clip, accumulate, zero_gradient, kappa_gate, psi_bytes, state);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
     }
@@ -334,7 +349,7 @@ impl HyperArgs {
         }
         keep!(optimiser momentum second vec_scale rank group_size kappa sigma mode directions one_sided scaled);
         keep!(family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
-        keep!(weight_decay beta1 beta2 adam_eps clip accumulate zero_gradient);
+        keep!(weight_decay beta1 beta2 adam_eps clip accumulate zero_gradient kappa_gate psi_bytes state);
         out
     }
 
@@ -487,7 +502,8 @@ mod tests {
         for key in keys {
             let flag = format!("--{}", key.replace('_', "-"));
             let parse = |value: &str| Line::try_parse_from(["line", "--lr", "1", &format!("{flag}={value}")]).ok();
-            let values = ["0.5", "1", "true", "adam", "scales", "lozo", "random", "gaussian", "freeze"];
+            let values =
+                ["0.5", "1", "true", "adam", "scales", "lozo", "random", "gaussian", "freeze", "noise-ratio", "8bit"];
             let line = values.into_iter().find_map(parse).unwrap_or_else(|| panic!("{flag} takes none of {values:?}"));
             for row in &ESTIMATORS {
                 let given: Vec<&str> = line.hyper.of(row.name).given().into_iter().map(|(key, _)| key).collect();

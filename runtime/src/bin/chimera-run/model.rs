@@ -2,8 +2,9 @@
 //!
 //! Invariant: the kind of a file is decided by its first bytes, never by its name alone.
 
+use crate::memory::compile_within;
 use crate::options::{Failure, ModelOptions, RunOptions};
-use chimera_compiler::{CompileError, EntrySpec, Options, compile};
+use chimera_compiler::{CompileError, EntrySpec, Options};
 use chimera_frontends::config::{self, Loaded, ModelConfig, O200K_VOCABULARY, Overrides, Phase};
 use chimera_ir::plan::{self, Plan};
 use chimera_runtime::exec::PREPARE;
@@ -178,7 +179,17 @@ impl Model {
             }
         }
         let kinds: Vec<&str> = entries.iter().map(|e| e.kind.name()).collect();
-        Ok(with_entries(plan, &kinds))
+        let plan = with_entries(plan, &kinds);
+        let needed = plan.memory(run.threads()).total();
+        match run.budget {
+            Some(budget) if needed > budget => Err(Failure {
+                code: 4,
+                message: format!(
+                    "the plan needs {needed} bytes, the budget is {budget}; compile it by chimerac compile --budget, or name the configuration"
+                ),
+            }),
+            _ => Ok(plan),
+        }
     }
 }
 
@@ -199,7 +210,8 @@ pub fn compile_entries(
     packed: HashSet<String>,
     run: &RunOptions,
 ) -> Result<Plan, Failure> {
-    Ok(compile(config, &Options { entries, packed, ..run.compile()? })?)
+    let options = Options { entries, packed, ..run.compile()? };
+    Ok(compile_within(config, options, run.budget, run.threads())?)
 }
 
 /// The vocabulary that a number of tokens stands for, if it is one of the two without a file.
@@ -216,6 +228,7 @@ impl From<CompileError> for Failure {
         match e {
             CompileError::Infer { .. } => Failure::config(format!("the configuration cannot be compiled: {e}")),
             CompileError::Option(_) => Failure::usage(e.to_string()),
+            CompileError::Budget { .. } => Failure { code: 4, message: e.to_string() },
             _ => Failure::new(e.to_string()),
         }
     }

@@ -5,6 +5,7 @@
 use crate::trace::TraceOptions;
 use chimera_codegen::{Allowed, Target};
 use chimera_compiler::Options;
+use chimera_compiler::budget::parse_bytes;
 use chimera_compiler::tuning::Table;
 use chimera_frontends::config::{ConfigError, Overrides, Scale, Vocabulary, VocabularyError};
 use chimera_ir::plan::PlanError;
@@ -231,6 +232,10 @@ pub struct RunOptions {
     /// Most megabytes of memory for weights, states and intermediate results
     #[arg(long, env = "CHIMERA_MAX_MEMORY", value_name = "MB")]
     pub max_memory: Option<u64>,
+    /// Memory of the whole process to keep to, such as 4G: gradients make parts of the forward pass again where all of it would take
+    /// more; for configurations, not for plans
+    #[arg(long, env = "CHIMERA_BUDGET", value_name = "BYTES", value_parser = parse_bytes)]
+    pub budget: Option<u64>,
     #[command(flatten)]
     pub trace: TraceOptions,
     /// Folder that keeps machine code for the next start; that of the user when absent
@@ -293,10 +298,15 @@ impl RunOptions {
         Ok(options)
     }
 
+    /// Threads to run on.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(available_threads, usize::from)
+    }
+
     /// The same for the executor.
     pub fn exec(&self) -> ExecOptions {
         ExecOptions {
-            threads: self.threads.map_or_else(available_threads, usize::from),
+            threads: self.threads(),
             emitters: self.emitters.unwrap_or_default(),
             target: self.target,
             max_bytes: self.max_memory.map_or(u64::MAX, |mb| mb.saturating_mul(1 << 20)),

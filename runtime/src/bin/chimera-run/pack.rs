@@ -73,6 +73,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
             "the model has float activations, which meet its ternary weights as floats; packed weights cannot serve it",
         ));
     }
+    if config.quantization.dynamic.is_some() {
+        return Err(Failure::usage(
+            "the model has a dynamic quantiser (quantization.dynamic.mode), whose threshold is beside its weights; packed weights are for quantisers without a state",
+        ));
+    }
     let mut metadata = BTreeMap::from([("config".to_owned(), config.to_json().to_string())]);
     match args.model.vocab()? {
         Some(spec) => {

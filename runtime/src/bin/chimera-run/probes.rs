@@ -2,13 +2,17 @@
 //!
 //! Invariant: an option that other options leave without a meaning is refused.
 
-use crate::estimators::EstimatorName;
+use crate::estimators::{EstimatorName, StateName};
 use crate::hyper::{Hyper, HyperArgs};
 use crate::options::Failure;
 use chimera_compiler::{Family, Mask, Mode, Optimiser, PerSequence, Score, Shared, UpdateRule};
 use chimera_ir::ops::Distribution;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+/// The slowest decay of the mean of squares that a byte can follow: a code moves by less than half its distance from the next one
+/// beyond it.
+const BYTES_BETA2: f64 = 0.99;
 
 /// How shared directions reach ternary weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -107,6 +111,12 @@ impl HyperArgs {
                 Some(key) => return refuse(key, "--optimiser momentum, normalised or adam"),
                 None => {}
             }
+        }
+        if hyper.state == StateName::Bytes && hyper.beta2 > BYTES_BETA2 {
+            return Err(Failure::usage(format!(
+                "--beta2 is {}, expected at most {BYTES_BETA2} with --state 8bit, whose codes are too far apart for a slower decay; choose a smaller one or --state 32bit",
+                hyper.beta2
+            )));
         }
         if hyper.estimator != EstimatorName::Mezo {
             return Ok(());

@@ -3,7 +3,7 @@
 //! Invariant: what is compared are bits, and only numbers that do not depend on the clock.
 
 use crate::options::{Failure, RunOptions as ExecArgs};
-use crate::train::trainer_at;
+use crate::resume::trainer_at;
 use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{self, StepRecord};
 use chimera_runtime::train::standing::Standing;
@@ -178,6 +178,13 @@ fn difference(a: &StepRecord, b: &StepRecord) -> Option<String> {
 fn same_weights(a: &Trainer, b: &Trainer) -> Result<Result<usize, String>, TrainError> {
     let weights = &a.exec().plan().weights;
     for w in weights {
+        if w.ty.dtype.size() == 1 {
+            let (x, y) = (a.exec().weight_bytes(&w.name)?, b.exec().weight_bytes(&w.name)?);
+            if let Some(i) = x.iter().zip(y).position(|(x, y)| x != y) {
+                return Ok(Err(format!("tensor `{}` at byte {i}: {} and {}", w.name, x[i], y[i])));
+            }
+            continue;
+        }
         let (x, y) = (a.exec().weight_f32(&w.name)?, b.exec().weight_f32(&w.name)?);
         if let Some(i) = x.iter().zip(y.iter()).position(|(x, y)| x.to_bits() != y.to_bits()) {
             return Ok(Err(format!("tensor `{}` at element {i}: {} and {}", w.name, x[i], y[i])));

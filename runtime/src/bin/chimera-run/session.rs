@@ -3,9 +3,10 @@
 //! Invariant: the first interrupt lets the running step end and its checkpoint be written; the second ends the process at once.
 
 use crate::hyper::Hyper;
+use crate::memory::compile_within;
 use crate::options::{Failure, RunOptions};
 use crate::weights;
-use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
+use chimera_compiler::{EntryKind, EntrySpec, Options};
 use chimera_frontends::config::ModelConfig;
 use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
@@ -110,7 +111,8 @@ pub fn stage_plan(
     entries.extend(cut.map(|_| EntrySpec { kind: EntryKind::Prefix, rows, tokens, depth: None }));
     entries.extend(further);
     let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
-    Ok(compile(config, &Options { entries, objective, carried, trainable, cut, ..run.compile()? })?)
+    let options = Options { entries, objective, carried, trainable, cut, ..run.compile()? };
+    Ok(compile_within(config, options, run.budget, run.threads())?)
 }
 
 /// Compiles the stages of a run as they come.
@@ -166,6 +168,7 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let [first, update] = hyper.entries(balance);
     let rows_at_once = rows / hyper.accumulate as usize;
     let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];
+    entries.extend(config.quantization.dynamic.as_ref().map(|_| spec(EntryKind::Adapt, rows)));
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
 }

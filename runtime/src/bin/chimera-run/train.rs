@@ -7,10 +7,12 @@ use crate::benchmark;
 use crate::data::{DataArgs, Encoding};
 use crate::fused;
 use crate::hyper::{Hyper, HyperArgs};
+use crate::memory::Prediction;
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::paradigms::{self, ParadigmArgs};
 use crate::phases::{self, Course, Length, Phase, PhaseArgs, Start, reference, same_architecture};
+use crate::resume::{found, model_of, resumed, resuming, same_run};
 use crate::session::{Interrupt, Planner, stage_plan, training_entries};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
@@ -21,12 +23,9 @@ use chimera_runtime::train::checkpoint::{self, Meta};
 use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::paradigms::{Stage, Stages};
 use chimera_runtime::train::standing::Standing;
-use chimera_runtime::train::{
-    Budget, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, Writing, init,
-};
+use chimera_runtime::train::{Budget, Measure, Outcome, Progress, Run, RunOptions, Schedule, Trainer, Writing, init};
 use serde_json::{Value, json};
 use std::collections::HashSet;
-use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -100,7 +99,7 @@ pub struct Args {
 }
 
 /// The folder of a run that was given none.
-const DEFAULT_OUT: &str = "chimera-run";
+pub const DEFAULT_OUT: &str = "chimera-run";
 
 /// Runs the command.
 ///
@@ -186,6 +185,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         further: args.watch.entries(),
         run: args.exec.clone(),
     };
+    let predicted = Prediction::of(&plan, &args.exec);
     let mut trainer = planner.trainer_of(plan)?;
     let mut meta = Meta {
         config: trainer.exec().plan().config.clone(),
@@ -238,7 +238,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let records = Records::open(&folder, progress.step, args.watch.tensorboard)?;
     let mut reporter = Reporter::new(Some(records), args.json, args.quiet);
     let line = introduction(&model, &vocab, &course, &trainer, &hyper);
-    reporter.note("start", progress.step, &line, summary(&trainer, &hyper, &vocab))?;
+    reporter.note("start", progress.step, &line, summary(&trainer, &hyper, &vocab, &predicted))?;
     if let Some(standing) = &saved {
         let lines = found(standing).into_iter().chain([("resume", resuming(standing))]);
         lines.into_iter().try_for_each(|(kind, line)| reporter.note(kind, progress.step, &line, Value::Null))?;
@@ -265,128 +265,9 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
         // A full disk takes no more lines; what ended the run is said in any case.
         drop(reporter.note("failure", progress.step, "the run ended by an error", json!({ "error": e.to_string() })));
     }
-    conclude(&options, outcome?, &progress, &mut reporter)
-}
-
-/// The state to go on with, if any, and the folder of the run.
-fn resumed(args: &Args) -> Result<(Option<Standing>, PathBuf), Failure> {
-    let out = args.out.clone().unwrap_or_else(|| DEFAULT_OUT.into());
-    let is_auto = |path: &PathBuf| path.as_os_str() == "auto";
-    let Some(path) = &args.resume else {
-        refuse_run(&out, "go on with it by --resume, or choose another folder by --out")?;
-        return Ok((None, out));
-    };
-    if is_auto(path) {
-        return Ok((Standing::newest(&out)?, out));
-    }
-    let beside = match path.is_dir() {
-        true => path.clone(),
-        false => path
-            .parent()
-            .map_or_else(|| PathBuf::from("."), |p| if p.as_os_str().is_empty() { ".".into() } else { p.into() }),
-    };
-    let folder = args.out.clone().unwrap_or_else(|| beside.clone());
-    let same = matches!((fs::canonicalize(&folder), fs::canonicalize(&beside)), (Ok(a), Ok(b)) if a == b);
-    if !same {
-        refuse_run(&folder, "choose another folder by --out")?;
-    }
-    let standing = match path.is_dir() {
-        true => Standing::newest(path)?
-            .ok_or_else(|| Failure::new(format!("{}: the folder has no checkpoint", path.display())))?,
-        false => {
-            let file = Standing::alone(path).map_err(|e| match e {
-                TrainError::Weights { .. } => Failure::usage(e.to_string()),
-                e => e.into(),
-            })?;
-            match checkpoint::latest(&beside)? {
-                _ if !same => file,
-                Some(newest) if newest.file_name() == path.file_name() => Standing::newest(&beside)?.unwrap_or(file),
-                _ => {
-                    return Err(Failure::usage(format!(
-                        "{}: the run in its folder is elsewhere; go on with the run by --resume {}, or branch off from this checkpoint by --out",
-                        path.display(),
-                        beside.display()
-                    )));
-                }
-            }
-        }
-    };
-    Ok((Some(standing), folder))
-}
-
-/// A folder with a run is not begun again.
-///
-/// # Errors
-/// A run in the folder, or a folder that cannot be listed.
-pub fn refuse_run(folder: &Path, cure: &str) -> Result<(), Failure> {
-    match checkpoint::latest(folder)? {
-        Some(newest) => Err(Failure::usage(format!("{}: there is a run already; {cure}", newest.display()))),
-        None => Ok(()),
-    }
-}
-
-/// The model of a run that is resumed without naming one.
-fn model_of(standing: &Standing, hyper: &Hyper, options: &ModelOptions) -> ModelOptions {
-    let model = hyper.plan.clone().unwrap_or_else(|| standing.file.path().to_path_buf());
-    ModelOptions { model: Some(model), ..options.clone() }
-}
-
-/// A trainer in a state of a run, for commands that look at it.
-///
-/// # Errors
-/// A plan that is gone, damage, or a failure to execute.
-pub fn trainer_at(standing: &Standing, args: &ExecArgs) -> Result<Trainer, Failure> {
-    let mut hyper = HyperArgs::default().resumed(&standing.meta.options)?;
-    let options = ModelOptions { model: None, model_option: None, scale: None, sets: vec![], vocab: None };
-    let model = Model::open(&model_of(standing, &hyper, &options), None)?;
-    let stage = standing.meta.progress.stage;
-    let plan = plan_with(&model, &mut hyper, &HyperArgs::default(), stage, vec![], args)?;
-    same_run(standing, &plan, &standing.meta.data)?;
-    let planner = Planner { config: model.config.clone(), hyper: hyper.clone(), further: vec![], run: args.clone() };
-    let mut trainer = planner.trainer_of(plan)?.in_stages(Box::new(planner), stage);
-    let data = trainer.needs_data() && !standing.trail.steps.is_empty() && !hyper.data.is_empty();
-    let course = if data { Some(Course::again(standing, &hyper, &mut trainer)?) } else { None };
-    standing.restore(&mut trainer, course.as_ref().map(Course::feed))?;
-    Ok(trainer)
-}
-
-/// Damage that was found on the way to a state.
-fn found(standing: &Standing) -> Option<(&'static str, String)> {
-    let gap = standing.trail.gap?;
-    Some((
-        "damage",
-        format!(
-            "warning: the journal is damaged at byte {}; {} steps behind it are computed again, a copy of the damaged file is kept",
-            gap.offset, gap.behind
-        ),
-    ))
-}
-
-fn resuming(standing: &Standing) -> String {
-    format!(
-        "resuming behind step {}: the checkpoint of step {} and {} steps of the journal{}",
-        standing.progress().step,
-        standing.meta.progress.step,
-        standing.trail.steps.len(),
-        if standing.trail.torn > 0 { "; a record that was not finished is dropped" } else { "" }
-    )
-}
-
-/// A run goes on only with the configuration and the data that it was started with.
-fn same_run(standing: &Standing, plan: &Plan, data: &str) -> Result<(), Failure> {
-    let (path, meta) = (standing.file.path().display(), &standing.meta);
-    if meta.config != plan.config {
-        return Err(Failure::usage(format!(
-            "{path}: the run has another configuration; leave the model out, or start another run with --out"
-        )));
-    }
-    if meta.data != data {
-        return Err(Failure::usage(format!(
-            "{path}: the run was started with other data ({}, found {data}); give the same files, or start another run from its weights: train {path} --data ... --out DIR",
-            meta.data
-        )));
-    }
-    Ok(())
+    let outcome = outcome?;
+    predicted.compare(progress.step, &mut reporter)?;
+    conclude(&options, outcome, &progress, &mut reporter)
 }
 
 /// A budget on the command line replaces that of the checkpoint.
@@ -496,7 +377,7 @@ fn plan_of(model: &Model, hyper: &mut Hyper, stage: Stage, args: &Args) -> Resul
     plan_with(model, hyper, &args.hyper, stage, args.watch.entries(), &args.exec)
 }
 
-fn plan_with(
+pub fn plan_with(
     model: &Model,
     hyper: &mut Hyper,
     given: &HyperArgs,
@@ -531,7 +412,7 @@ fn introduction(model: &Model, vocab: &Vocab, course: &Course, trainer: &Trainer
 }
 
 /// What the report of a run says of its plan.
-fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
+fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab, predicted: &Prediction) -> Value {
     let (exec, plan) = (trainer.exec(), trainer.exec().plan());
     let entries: Vec<String> = plan.entries.iter().map(|e| format!("{} {}", e.name, e.steps.len())).collect();
     let weights: usize = plan.weights.iter().map(|w| w.ty.bytes()).sum();
@@ -547,6 +428,9 @@ fn summary(trainer: &Trainer, hyper: &Hyper, vocab: &Vocab) -> Value {
             "tensors": plan.weights.len(),
             "bytes of weights and optimizer memory": weights,
             "bytes allocated": exec.bytes(),
+            "predicted peak of memory in bytes": predicted.total(),
+            "of it outside of the plan": predicted.outside,
+            "made again for gradients": plan.option("recompute in backward"),
             "kernels": plan.kernels.len(),
             "entry points and their steps": entries.join(", "),
         },
