@@ -21,6 +21,7 @@ mod single;
 mod stack;
 mod startup;
 mod subject;
+mod time_to_loss;
 mod train;
 
 use std::io::{IsTerminal, Write};
@@ -80,6 +81,8 @@ enum Suite {
     Startup,
     /// Whole training steps by each estimator
     Train,
+    /// The time in which AdamW reaches the loss that PyTorch (--peers) reaches in ten minutes (40 s with --quick)
+    TimeToLoss,
     /// Paradigms of training against runs without them, by `chimera-run train --benchmark`
     Paradigms,
 }
@@ -126,6 +129,7 @@ fn main() -> Result<()> {
         Suite::Model => ("model", model::run(&setup, args.quick, &mut show)?),
         Suite::Startup => ("startup", startup::run(&setup, args.quick, &mut show)?),
         Suite::Train => ("train", train::run(&setup, args.quick, &mut show)?),
+        Suite::TimeToLoss => ("time-to-loss", time_to_loss::run(&setup, args.quick, args.peers.as_ref(), &mut show)?),
         Suite::Paradigms => ("paradigms", paradigms::run(&setup, args.quick, &mut show)?),
     };
     if let Some(python) = &args.peers {

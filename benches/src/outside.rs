@@ -2,7 +2,7 @@
 //!
 //! A peer that is not installed is named on stderr and has no rows.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -12,8 +12,12 @@ use crate::measure::Setup;
 use crate::row::Row;
 
 /// Scripts and the suites that they belong to.
-const SCRIPTS: [(&str, &str); 3] =
-    [("kernels", "torch_products.py"), ("model", "torch_dual_forward.py"), ("model", "llama_dense.py")];
+const SCRIPTS: [(&str, &str); 4] = [
+    ("kernels", "torch_products.py"),
+    ("model", "torch_dual_forward.py"),
+    ("model", "llama_dense.py"),
+    ("train", "torch_steps.py"),
+];
 
 /// A line of a script: a figure, or why there is none.
 #[derive(Debug, Deserialize)]
@@ -31,6 +35,11 @@ enum Line {
     },
 }
 
+/// Where a script lies.
+pub fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(name)
+}
+
 /// Run the scripts of a suite: their figures become rows, and the peers of ours.
 ///
 /// # Errors
@@ -45,7 +54,7 @@ pub fn add(
 ) -> Result<()> {
     for (_, script) in SCRIPTS.iter().filter(|s| s.0 == suite) {
         progress(script);
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
+        let path = self::script(script);
         let mut command = Command::new(python);
         command.arg("-B").arg(&path).args(["--threads", &setup.threads.to_string()]).stderr(Stdio::inherit());
         if quick {

@@ -2,7 +2,7 @@
 //!
 //! The command beside this one measures; whoever builds both has the same figures from both.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -19,11 +19,17 @@ const FULL: u64 = 60;
 const MODEL: [&str; 6] = ["--scale", "nano", "--set", "initializer_range=0.05", "--vocab", "bytes"];
 
 /// The command, which is built into the same folder.
-fn command() -> Result<PathBuf> {
+pub fn command() -> Result<PathBuf> {
     let own = std::env::current_exe().context("where this program lies is not known")?;
     let path = own.with_file_name(format!("chimera-run{}", std::env::consts::EXE_SUFFIX));
     ensure!(path.is_file(), "{} is not there; build it by: cargo build --release -p chimera-runtime", path.display());
     Ok(path)
+}
+
+/// The embedded corpus as lines of JSON.
+pub fn write_corpus(path: &Path) -> Result<()> {
+    let lines: Vec<String> = corpus::documents().iter().map(|d| serde_json::json!({ "text": d }).to_string()).collect();
+    std::fs::write(path, lines.join("\n")).context("cannot write the corpus")
 }
 
 /// Rows of the JSON of a benchmark.
@@ -58,8 +64,7 @@ pub fn run(setup: &Setup, quick: bool, progress: &mut dyn FnMut(&str)) -> Result
     let command = command()?;
     let folder = tempfile::tempdir().context("cannot make a folder")?;
     let data = folder.path().join("corpus.jsonl");
-    let lines: Vec<String> = corpus::documents().iter().map(|d| serde_json::json!({ "text": d }).to_string()).collect();
-    std::fs::write(&data, lines.join("\n")).context("cannot write the corpus")?;
+    write_corpus(&data)?;
     let seconds = if quick { QUICK } else { FULL };
     progress(&format!("every paradigm, {seconds} s each"));
     let output = Command::new(&command)

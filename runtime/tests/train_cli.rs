@@ -219,7 +219,7 @@ fn bad_input_has_a_sentence_and_a_code() {
     fs::write(place.path("latin.txt"), b"caf\xe9 ".repeat(100)).expect("written");
     fs::write(place.path("short.txt"), "abc").expect("written");
     fs::write(place.path("bad.json"), "{ \"hiden_size\": 3 }").expect("written");
-    fs::write(place.path("noise.b158"), b"\x89b158\r\n\x1a\x01\0\0\0 and then noise that is no table")
+    fs::write(place.path("noise.b158"), b"\x89b158\r\n\x1a\x02\0\0\0 and then noise that is no table")
         .expect("written");
     fs::write(place.path("noise.plan"), "chimera-plan 1 crc32c 00000000\n(plan)").expect("written");
     let cases: [(&[&str], i32, &str); 11] = [

@@ -130,7 +130,8 @@ impl Net<'_> {
         }
         // Half of twice the limit is the limit, exactly.
         let twice = self.add(limit, limit)?;
-        Ok(vec![self.op(PackTernary { group, ratio: HALF }, &[w, twice])?, alpha])
+        let packed = self.op(PackTernary { group, ratio: HALF }, &[w, twice])?;
+        Ok(vec![packed, self.op(BlockScales {}, &[alpha])?])
     }
 
     /// The product of prepared weights with an activation; `grouped` where rows are sorted by expert and the weights stacked.
