@@ -3,6 +3,7 @@
 //! The result is data; nothing here runs a model, and nothing here generates machine code.
 
 mod assemble;
+pub mod cosine;
 pub mod descend;
 pub mod estimators;
 mod fuse;

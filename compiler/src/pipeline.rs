@@ -19,6 +19,7 @@ use chimera_ir::{
 
 use crate::{
     assemble::Assembler,
+    cosine,
     descend::{self, Descent},
     estimators::{
         Mask, Scheme,
@@ -57,6 +58,8 @@ pub enum EntryKind {
     Descend(Descent),
     /// `mask`: the choice of what a scheme probes, where it keeps one.
     Mask(Scheme),
+    /// `cosine`: inner products of the estimate of a scheme and the gradient.
+    Cosine(Scheme),
 }
 
 impl EntryKind {
@@ -72,6 +75,7 @@ impl EntryKind {
             EntryKind::DualLoss(_) => "dual_loss",
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
             EntryKind::Mask(_) => "mask",
+            EntryKind::Cosine(_) => "cosine",
         }
     }
 }
@@ -85,8 +89,8 @@ pub struct EntrySpec {
     pub rows: usize,
     /// Tokens of a row.
     pub tokens: usize,
-    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`] and [`EntryKind::Backward`] a
-    /// depth for each row if training draws it.
+    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`], [`EntryKind::Backward`] and
+    /// [`EntryKind::Cosine`] a depth for each row if training draws it.
     pub depth: Option<Depth>,
 }
 
@@ -104,7 +108,9 @@ impl fmt::Display for EntrySpec {
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
             EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
-            EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) => write!(f, " {scheme:?}"),
+            EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) | EntryKind::Cosine(scheme) => {
+                write!(f, " {scheme:?}")
+            }
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
         }
     }
@@ -250,7 +256,7 @@ pub fn compile_observed(
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
-            EntryKind::Grad | EntryKind::Backward { .. } => Some("needs"),
+            EntryKind::Grad | EntryKind::Backward { .. } | EntryKind::Cosine(_) => Some("needs"),
             EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
                 Some("changes")
             }
@@ -289,6 +295,11 @@ pub fn compile_observed(
                 let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
                 grad::unroll(&build_loss()?, half).map_err(fail("build"))?
             }
+            EntryKind::Cosine(scheme) => {
+                let (members, targets) = (scheme.members(spec.rows), targets(cfg, options));
+                let unrolled = grad::unroll(&build_loss()?, false).map_err(fail("build"))?;
+                cosine::estimates(&unrolled, scheme, members, &targets, &quantised(cfg)).map_err(fail("build"))?
+            }
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
             EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
@@ -326,7 +337,7 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. }) if l.stochastic => {
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. } | EntryKind::Cosine(_)) if l.stochastic => {
             Depth::PerRow { max: l.range[1], adaptive: false }
         }
         (Some(l), _) => Depth::Fixed(l.default),
@@ -411,6 +422,11 @@ fn stages(
             }
             EntryKind::Grad => {
                 g = grad::grad(&g, &trainable, None).map_err(Stages::error("transform", name))?;
+                true
+            }
+            EntryKind::Cosine(_) => {
+                let compared = grad::grad(&g, &trainable, None).and_then(|g| cosine::compared(&g));
+                g = compared.map_err(Stages::error("transform", name))?;
                 true
             }
             EntryKind::Backward { accumulate } => {

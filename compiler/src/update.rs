@@ -58,7 +58,7 @@ pub struct Quantised {
 
 impl Quantised {
     /// The scales of a latent.
-    fn scales(&self, g: &mut Graph, v: Value) -> Result<Scales, InferError> {
+    pub(crate) fn scales(&self, g: &mut Graph, v: Value) -> Result<Scales, InferError> {
         let columns = g.ty(v).cols();
         let alpha = g.op(GroupScale { mode: self.mode }, &[v])?;
         let group = match self.mode {

@@ -6,6 +6,7 @@
 use super::TrainError;
 use super::backprop::DECAY;
 use super::checkpoint::{self, Meta};
+use super::health::{Health, Inspection};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
 use super::schedule::Schedule;
@@ -123,6 +124,8 @@ pub struct RunOptions {
     pub keep: usize,
     /// Go back to a checkpoint when the moving average of the loss is so many nats above its lowest; 0 never does.
     pub explosion: f64,
+    /// What it looks at besides losses.
+    pub inspection: Inspection,
     /// Texts to write on the way.
     pub writing: Option<Writing>,
     /// Where checkpoints go; nothing keeps the run in memory.
@@ -286,9 +289,21 @@ impl Run<'_> {
             }
             Err(e) => return Err(e),
         };
-        self.trainer.apply(before.step, lr, &probed.c, &probed.loads)?;
-        let dt = began.elapsed();
         let step = before.step + 1;
+        let (mut health, looked) = (Health::of(&probed), Instant::now());
+        if Inspection::is_due(options.inspection.cosine, step) {
+            self.trainer.compare(&batch, before.step, &probed, &mut health)?;
+        }
+        let aside = looked.elapsed();
+        let counted = Inspection::is_due(options.inspection.flips, step);
+        if counted {
+            self.trainer.keep_codes()?;
+        }
+        self.trainer.apply(before.step, lr, &probed.c, &probed.loads)?;
+        if counted {
+            health.flips = self.trainer.flips()?;
+        }
+        let dt = began.elapsed().saturating_sub(aside);
         // The time behind the last step counts too: it went into measuring and saving.
         let seconds = before.seconds + on.clock.elapsed().as_secs_f64();
         on.clock = Instant::now();
@@ -299,7 +314,7 @@ impl Run<'_> {
             let (loss, c, loads) = (probed.loss, probed.c.clone(), probed.loads.clone());
             journal.add(&Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads }))?;
         }
-        self.report(options, &batch, &probed, [lr, ema], dt, on)?;
+        self.report(options, &batch, (&probed, health), [lr, ema], dt, on)?;
         let due = match options.save_every {
             0 => on.saved_at.elapsed() >= SAVE_EVERY,
             n => step.is_multiple_of(n),
@@ -312,7 +327,7 @@ impl Run<'_> {
         &mut self,
         options: &RunOptions,
         batch: &Batch,
-        probed: &Probed,
+        (probed, health): (&Probed, Health),
         [lr, ema]: [f64; 2],
         dt: Duration,
         on: &mut Loop<'_>,
@@ -335,6 +350,7 @@ impl Run<'_> {
             bits_per_byte: tally.bits_per_byte(),
             ema,
             spread: probed.spread(),
+            health,
             norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
             validation: on.validation,
             validated: validated && on.validation.is_some(),

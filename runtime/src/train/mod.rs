@@ -6,8 +6,10 @@
 mod backprop;
 mod carried;
 pub mod checkpoint;
+mod codes;
 mod compare;
 mod driver;
+mod health;
 pub mod history;
 pub mod init;
 pub mod journal;
@@ -21,6 +23,7 @@ mod watch;
 pub mod weights;
 
 pub use driver::{Budget, Event, Measure, Outcome, Progress, Run, RunOptions, Writing};
+pub use health::{Health, Inspection};
 pub use schedule::{Decay, Schedule};
 pub use step::{Depths, Probed, Trainer};
 

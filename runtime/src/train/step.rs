@@ -5,6 +5,7 @@
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
 use super::carried;
+use super::codes::Codes;
 use super::compare;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
@@ -72,7 +73,7 @@ impl Probed {
 /// The entry points of one training plan.
 #[derive(Debug)]
 pub struct Trainer {
-    exec: Executable,
+    pub(super) exec: Executable,
     /// How losses of probes are compared; nothing along a gradient.
     comparison: Option<Comparison>,
     seed: u64,
@@ -93,6 +94,8 @@ pub struct Trainer {
     depths: Option<Depths>,
     /// Parts in which a batch goes through the model.
     parts: usize,
+    /// Codes before an update, where they are counted.
+    pub(super) codes: Option<Codes>,
 }
 
 impl Trainer {
@@ -149,6 +152,7 @@ impl Trainer {
             loads,
             depths: None,
             parts: 1,
+            codes: None,
         })
     }
 
@@ -212,9 +216,9 @@ impl Trainer {
     /// As for [`Trainer::step`].
     pub fn probe(&mut self, batch: &Batch, step: u64) -> Result<Probed, TrainError> {
         let entry = if self.comparison.is_some() { DUAL_LOSS } else { BACKWARD };
-        let drawn = match (input_type(self.exec.plan(), entry, DEPTH), self.depths) {
+        let drawn = match (input_type(self.exec.plan(), entry, DEPTH), self.drawn(batch, step)) {
             (Err(_), _) => None,
-            (Ok(_), Some(depths)) => Some(depths.draw(batch.batch, step as u32, self.seed)),
+            (Ok(_), Some(drawn)) => Some(drawn),
             (Ok(_), None) => {
                 return Err(TrainError::Plan(format!(
                     "`{entry}` takes a loop depth for every sequence, but its configuration does not say how to draw it; set looping.depth_selection"
@@ -291,8 +295,13 @@ impl Trainer {
         Ok(self.exec.run_entry(entry)?)
     }
 
+    /// The loop depth of every row of a batch in a step, where depths are drawn.
+    pub(super) fn drawn(&self, batch: &Batch, step: u64) -> Option<Vec<i32>> {
+        self.depths.map(|depths| depths.draw(batch.batch, step as u32, self.seed))
+    }
+
     /// The words that select the directions of a step.
-    fn stream(&self, step: u64) -> ([i32; 2], i32) {
+    pub(super) fn stream(&self, step: u64) -> ([i32; 2], i32) {
         let word = |w: u32| i32::from_ne_bytes(w.to_ne_bytes());
         ([self.seed as u32, (self.seed >> 32) as u32].map(word), word(step as u32))
     }
@@ -342,7 +351,7 @@ pub(super) fn weighted(losses: &[f64], counts: &[f64]) -> f64 {
     if total > 0.0 { sum / total } else { 0.0 }
 }
 
-fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(), TrainError> {
+pub(super) fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(), TrainError> {
     exec.set_input(entry, "tokens", &batch.tokens)?;
     exec.set_input(entry, "seg", &batch.seg)?;
     exec.set_input(entry, "labels", &batch.labels)?;

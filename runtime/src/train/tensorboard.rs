@@ -74,6 +74,7 @@ impl EventFile {
             Some(norm) => put("estimator/gradient_norm", norm),
             None => put("estimator/spread", m.spread),
         }
+        m.health.rows().into_iter().for_each(|(_, tag, x)| put(tag, x));
         put("learning_rate", m.lr);
         put("memory_megabytes", m.memory as f64 / f64::from(1 << 20));
         let mut event = self.event(Some(m.step));
@@ -125,6 +126,7 @@ fn varint(out: &mut Vec<u8>, mut x: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::health::Health;
     use crate::train::metrics::Validation;
 
     fn metrics(step: u64) -> StepMetrics {
@@ -136,6 +138,7 @@ mod tests {
             bits_per_byte: Some(5.0),
             ema: 3.25,
             spread: 0.125,
+            health: Health::default(),
             norm: None,
             validation: Some(Validation { nats_per_token: 3.75, bits_per_byte: Some(5.5), preferred: None }),
             validated: step == 300,

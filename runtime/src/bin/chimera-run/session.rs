@@ -2,6 +2,7 @@
 //!
 //! Invariant: the first interrupt lets the running step end and its checkpoint be written; the second ends the process at once.
 
+use crate::estimators::Way;
 use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
@@ -89,6 +90,22 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
+}
+
+/// The entry point that compares estimates with the gradient.
+///
+/// # Errors
+/// Steps that go along the gradient.
+pub fn cosine_entry(config: &ModelConfig, hyper: &Hyper) -> Result<EntrySpec, Failure> {
+    let (rows, tokens) = (hyper.batch as usize, hyper.seq_len as usize);
+    let depth = config.looping.as_ref().filter(|_| hyper.phase.compares()).map(|l| Depth::Fixed(l.default));
+    match hyper.way() {
+        Way::Probe(scheme) => Ok(EntrySpec { kind: EntryKind::Cosine(scheme), rows, tokens, depth }),
+        Way::Descend(_) => Err(Failure::usage(format!(
+            "--gradient-cosine has no meaning for the estimator {}, whose steps go along the gradient; leave it out",
+            hyper.estimator.text()
+        ))),
+    }
 }
 
 /// How the loop depths of training are drawn, if the configuration asks for that.

@@ -8,7 +8,7 @@ use crate::hyper::{Hyper, HyperArgs};
 use crate::model::{Model, Source, other_vocab, spec_of_size};
 use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::phases::{self, Course, Length, Phase, PhaseArgs, Start, reference, same_architecture};
-use crate::session::{Interrupt, depths, training_entries, training_plan};
+use crate::session::{Interrupt, cosine_entry, depths, training_entries, training_plan};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
 use chimera_compiler::EntrySpec;
@@ -449,7 +449,11 @@ fn plan_of(model: &Model, hyper: &mut Hyper, args: &Args) -> Result<Plan, Failur
     if let (Source::Plan(_), Some(path)) = (&model.source, args.model.path()) {
         hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
     }
-    plan_with(model, hyper, &args.hyper, args.watch.entries(), &args.exec)
+    let mut further = args.watch.entries();
+    if args.watch.gradient_cosine > 0 {
+        further.push(cosine_entry(&model.config, hyper)?);
+    }
+    plan_with(model, hyper, &args.hyper, further, &args.exec)
 }
 
 fn plan_with(
@@ -519,6 +523,7 @@ fn run_options(args: &Args, hyper: &Hyper, folder: PathBuf, writing: Option<Writ
         save_every: args.save_every,
         keep: usize::from(args.keep),
         explosion: args.watch.explosion,
+        inspection: args.watch.inspection(),
         writing,
         folder: Some(folder),
     })
