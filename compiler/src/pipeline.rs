@@ -26,6 +26,7 @@ use crate::{
         mask::{self, masked},
     },
     fuse::{Decisions, fuse},
+    hybrid,
     passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
     rebuild::sweep,
     tuning::{self, Table, Tuning},
@@ -58,6 +59,8 @@ pub enum EntryKind {
     Descend(Descent),
     /// `mask`: the choice of what a scheme probes, where it keeps one.
     Mask(Scheme),
+    /// `head`: the gradient of final norm and head, for an `update` with [`Options::hybrid`].
+    Head,
     /// `cosine`: inner products of the estimate of a scheme and the gradient.
     Cosine(Scheme),
 }
@@ -75,6 +78,7 @@ impl EntryKind {
             EntryKind::DualLoss(_) => "dual_loss",
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
             EntryKind::Mask(_) => "mask",
+            EntryKind::Head => "head",
             EntryKind::Cosine(_) => "cosine",
         }
     }
@@ -89,8 +93,8 @@ pub struct EntrySpec {
     pub rows: usize,
     /// Tokens of a row.
     pub tokens: usize,
-    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`], [`EntryKind::Backward`] and
-    /// [`EntryKind::Cosine`] a depth for each row if training draws it.
+    /// Loop depth. When absent that of the configuration: its default, and for [`EntryKind::DualLoss`], [`EntryKind::Backward`],
+    /// [`EntryKind::Head`] and [`EntryKind::Cosine`] a depth for each row if training draws it.
     pub depth: Option<Depth>,
 }
 
@@ -104,7 +108,7 @@ impl fmt::Display for EntrySpec {
             Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
         }
         match &self.kind {
-            EntryKind::Loss | EntryKind::Grad => Ok(()),
+            EntryKind::Loss | EntryKind::Grad | EntryKind::Head => Ok(()),
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
             EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
@@ -141,6 +145,8 @@ pub struct Options {
     /// Whether `loss` and `backward` carry states from call to call, those of an entry point as `ENTRY:NAME`; gradients end where a call
     /// begins (semantics 12.4).
     pub carried: bool,
+    /// Whether final norm and head follow the gradient that `head` leaves, and probes leave them alone.
+    pub hybrid: bool,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
     /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
@@ -179,6 +185,7 @@ impl Default for Options {
             entries: vec![],
             objective: Objective::Tokens,
             carried: false,
+            hybrid: false,
             trainable: None,
             packed: HashSet::new(),
             stop_after: None,
@@ -256,7 +263,7 @@ pub fn compile_observed(
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
-            EntryKind::Grad | EntryKind::Backward { .. } | EntryKind::Cosine(_) => Some("needs"),
+            EntryKind::Grad | EntryKind::Backward { .. } | EntryKind::Head | EntryKind::Cosine(_) => Some("needs"),
             EntryKind::DualLoss(_) | EntryKind::Update(..) | EntryKind::Descend(_) | EntryKind::Mask(_) => {
                 Some("changes")
             }
@@ -290,7 +297,7 @@ pub fn compile_observed(
             Ok(g)
         };
         let g = match &spec.kind {
-            EntryKind::Loss | EntryKind::DualLoss(_) => build_loss()?,
+            EntryKind::Loss | EntryKind::DualLoss(_) | EntryKind::Head => build_loss()?,
             EntryKind::Grad | EntryKind::Backward { .. } => {
                 let half = cfg.looping.as_ref().is_some_and(|l| l.backward_half);
                 grad::unroll(&build_loss()?, half).map_err(fail("build"))?
@@ -323,6 +330,9 @@ pub fn compile_observed(
     if let Objective::Preference { beta } = options.objective {
         plan.options.push(("objective".to_owned(), format!("preference beta={beta}")));
     }
+    if options.hybrid {
+        plan.options.push(("hybrid".to_owned(), hybrid::HEAD.join(" ")));
+    }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
         if let EntryKind::DualLoss(scheme) = &spec.kind {
@@ -337,7 +347,9 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. } | EntryKind::Cosine(_)) if l.stochastic => {
+        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. } | EntryKind::Head | EntryKind::Cosine(_))
+            if l.stochastic =>
+        {
             Depth::PerRow { max: l.range[1], adaptive: false }
         }
         (Some(l), _) => Depth::Fixed(l.default),
@@ -376,7 +388,10 @@ fn targets(cfg: &ModelConfig, options: &Options) -> Vec<Target> {
     parameters(cfg)
         .into_iter()
         .filter(|p| wanted(&p.name))
-        .map(|p| Target { name: p.name, dims: p.dims, kind: kind(p.kind) })
+        .map(|p| {
+            let exact = options.hybrid && hybrid::HEAD.contains(&p.name.as_str());
+            Target { name: p.name, dims: p.dims, kind: kind(p.kind), exact }
+        })
         .collect()
 }
 
@@ -404,6 +419,7 @@ fn stages(
         Some(set) => set.clone(),
         None => kinds.iter().filter(|(_, k)| **k != WeightKind::Buffer).map(|(n, _)| n.clone()).collect(),
     };
+    let probed = if options.hybrid { hybrid::below(&trainable) } else { trainable.clone() };
     let budget = Budget(options.max_rewrites);
     let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };
     let mut prepare = Prepare::default();
@@ -415,9 +431,8 @@ fn stages(
         let mut shared = (0, 0);
         let transformed = match &kind {
             EntryKind::DualLoss(scheme) => {
-                let probed =
-                    dual::probe(&g, scheme, rows, kinds, &trainable).map_err(Stages::error("transform", name))?;
-                (g, shared) = (probed.graph, probed.shared);
+                let dual = dual::probe(&g, scheme, rows, kinds, &probed).map_err(Stages::error("transform", name))?;
+                (g, shared) = (dual.graph, dual.shared);
                 true
             }
             EntryKind::Grad => {
@@ -425,8 +440,12 @@ fn stages(
                 true
             }
             EntryKind::Cosine(_) => {
-                let compared = grad::grad(&g, &trainable, None).and_then(|g| cosine::compared(&g));
+                let compared = grad::grad(&g, &probed, None).and_then(|g| cosine::compared(&g));
                 g = compared.map_err(Stages::error("transform", name))?;
+                true
+            }
+            EntryKind::Head => {
+                g = hybrid::graph(&g, &trainable).map_err(Stages::error("transform", name))?;
                 true
             }
             EntryKind::Backward { accumulate } => {

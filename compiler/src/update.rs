@@ -11,6 +11,7 @@ use chimera_ir::{
 use crate::{
     estimators::{Cx, Scales, Scheme, Weight},
     optimisers::Optimiser,
+    passes::grad::GRAD,
 };
 
 /// How an estimate becomes a step.
@@ -45,6 +46,8 @@ pub struct Target {
     pub dims: Vec<usize>,
     /// Kind.
     pub kind: WeightKind,
+    /// Whether its gradient is in a state `grad.NAME` and stands in place of an estimate.
+    pub exact: bool,
 }
 
 /// How ternary weights are quantised.
@@ -105,6 +108,11 @@ pub fn graph(
                 None => continue,
             },
             WeightKind::Optimizer | WeightKind::Packed => continue,
+            _ if t.exact => {
+                let gradient = g.state(format!("{GRAD}{}", t.name), Type::f32(&t.dims));
+                let mut cx = Cx { g: &mut g, random: [seed, step, first], members };
+                optimiser.step(&mut cx, rule, &w, gradient, lr)?
+            }
             _ => {
                 let mut cx = Cx { g: &mut g, random: [seed, step, first], members };
                 estimator.moved(&mut cx, &w, c, &|cx, w, g| optimiser.step(cx, rule, w, g, lr))?

@@ -48,9 +48,12 @@ fn runs_of_every_estimator_resume_to_the_same_bits() {
         "--mode additive --family lozo --rank 2 --period 2 --directions 2 --eps-rel 0.1",
         "--family subzero --rank 2 --period 2",
         "--mode additive --family tezo --rank 2 --scaled",
+        "--hybrid-head --mode scales --one-sided --directions 2 --mask random --sparsity 0.5 --mask-refresh 2",
     ];
     let all = mezo.map(|words| format!("--estimator mezo {words}")).into_iter();
-    for (i, words) in all.chain(["--rank 2 --group-size 2 --optimiser adam --second 0.99".to_owned()]).enumerate() {
+    let others =
+        ["--rank 2 --group-size 2 --optimiser adam --second 0.99", "--hybrid-head", "--hybrid-head --only *norm*"];
+    for (i, words) in all.chain(others.map(str::to_owned)).enumerate() {
         let (whole, parts) = (format!("whole{i}"), format!("parts{i}"));
         let (code, text) = place.train(&format!("{words} --lr 1e-3 --steps 5 --out {whole}"), "1");
         assert_eq!(code, Some(0), "{words}: {text}");
@@ -85,6 +88,9 @@ fn options_without_a_meaning_are_refused() {
         ("--estimator mezo --sparsity 0.1", "expected a --mask of a share"),
         ("--estimator mezo --mask fisher", "expected --fisher FILE"),
         ("--estimator mezo --mode additive --mask boundary", "expected --mode requantise"),
+        ("--estimator adamw --hybrid-head", "choose --estimator perseq-lowrank or mezo"),
+        ("--hybrid-head --only layers.*", "--only leaves out norm.weight and embed.weight"),
+        ("--hybrid-head --only embed.weight,norm.weight", "no weight to probe"),
         ("--estimator mezo --unit 2^-9", "expected --mode integer"),
         ("--estimator mezo --mode integer --unit 0.3", "expected a power of two"),
     ] {

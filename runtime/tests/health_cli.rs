@@ -20,7 +20,9 @@ const ALWAYS: &str = "train model.json --data data.txt --batch 4 --seq-len 16 --
 #[test]
 fn metrics_tell_of_the_estimate_and_change_nothing() {
     let place = Place::with_model(LOOPED);
-    for (i, words) in ["--lr 0.05", "--estimator mezo --directions 2 --mode additive --lr 0.05"].iter().enumerate() {
+    for (i, words) in
+        ["--lr 0.05", "--estimator mezo --directions 2 --mode additive --lr 0.05 --hybrid-head"].iter().enumerate()
+    {
         let (plain, seen) = (format!("plain{i}"), format!("seen{i}"));
         assert_eq!(run(&place, &format!("{ALWAYS} {words} --flips-every 0 --out {plain}")).0, Some(0), "{words}");
         let (code, text) =
@@ -41,8 +43,11 @@ fn metrics_tell_of_the_estimate_and_change_nothing() {
             let number = |key: &str| line.get(key).and_then(Value::as_f64);
             assert!(number("flips").is_some_and(|x| (0.0..1.0).contains(&x)), "{line}");
             assert!(number("scalar_mean").is_some() && number("scalar_deviation") > Some(0.0), "{line}");
-            let cosines =
-                ["cosine", "cosine_ternary", "cosine_matrix", "cosine_embedding", "cosine_vector"].map(number);
+            let hybrid = words.contains("--hybrid-head");
+            assert_eq!(number("head_gradient_norm").is_some_and(|x| x > 0.0), hybrid, "{line}");
+            // An embedding that follows its gradient is not probed.
+            assert_eq!(number("cosine_embedding").is_some(), step % 2 == 0 && !hybrid, "{line}");
+            let cosines = ["cosine", "cosine_ternary", "cosine_matrix", "cosine_vector"].map(number);
             assert!(cosines.iter().all(|c| c.is_some() == (step % 2 == 0)), "{line}");
             assert!(cosines.iter().flatten().all(|c| c.abs() < 1.0 && *c != 0.0), "{line}");
         }

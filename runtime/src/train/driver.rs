@@ -275,7 +275,7 @@ impl Run<'_> {
         let (batch, position) = self.batches.next(before.position, rows, tokens);
         let (probed, ema) = match self.trainer.probe(&batch, before.step) {
             Ok(mut probed) => {
-                if let (true, Some(share)) = (self.trainer.needs_data(), probed.c.get_mut(DECAY)) {
+                if let (true, Some(share)) = (self.trainer.is_along_gradient(), probed.c.get_mut(DECAY)) {
                     *share = options.schedule.decay_share(over) as f32;
                 }
                 let ema = moving_average(before.ema, probed.loss);
@@ -294,6 +294,7 @@ impl Run<'_> {
         if Inspection::is_due(options.inspection.cosine, step) {
             self.trainer.compare(&batch, before.step, &probed, &mut health)?;
         }
+        health.head_norm = self.trainer.head_norm(&probed);
         let aside = looked.elapsed();
         let counted = Inspection::is_due(options.inspection.flips, step);
         if counted {
@@ -351,7 +352,7 @@ impl Run<'_> {
             ema,
             spread: probed.spread(),
             health,
-            norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
+            norm: self.trainer.is_along_gradient().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             data_tokens: (batch.batch * batch.seq) as u64,

@@ -36,6 +36,8 @@ pub struct Health {
     pub mean: Option<f64>,
     /// Their population standard deviation, where there is more than one.
     pub deviation: Option<f64>,
+    /// Norm of the gradient of final norm and head, where they follow it.
+    pub head_norm: Option<f64>,
     /// Share of the ternary weights whose codes the step changed.
     pub flips: Option<f64>,
     /// Cosine of the estimate and the gradient over all weights that are probed.
@@ -77,6 +79,7 @@ impl Health {
             ("scalar_mean", "estimator/scalar_mean", self.mean),
             ("scalar_deviation", "estimator/scalar_deviation", self.deviation),
             ("scalar_variation", "estimator/scalar_variation", self.variation()),
+            ("head_gradient_norm", "estimator/head_gradient_norm", self.head_norm),
             ("flips", "estimator/flips", self.flips),
             ("cosine", "estimator/cosine", self.cosine),
         ];

@@ -9,6 +9,7 @@ pub mod checkpoint;
 mod codes;
 mod compare;
 mod driver;
+mod head;
 mod health;
 pub mod history;
 pub mod init;

@@ -7,6 +7,7 @@ use super::backprop::{self, BACKWARD};
 use super::carried;
 use super::codes::Codes;
 use super::compare;
+use super::head::HEAD;
 use crate::exec::{EntryId, Executable};
 use crate::rng::poisson_depth;
 use crate::text::{Batch, HeldOut, LossTally, Vocab};
@@ -54,7 +55,8 @@ pub struct Probed {
     pub plus: Vec<f64>,
     /// Loss of every negative probe, in the same order.
     pub minus: Vec<f64>,
-    /// The scalars that the update is given; along a gradient its norm, and the share of the weight decay that counts.
+    /// The scalars that the update is given; along a gradient its norm, and the share of the weight decay that counts; at the end the norm of
+    /// the gradient of final norm and head, where they follow it.
     pub c: Vec<f32>,
     /// The loads of all routers that the update is given, one behind the other.
     pub loads: Vec<i32>,
@@ -96,6 +98,8 @@ pub struct Trainer {
     parts: usize,
     /// Codes before an update, where they are counted.
     pub(super) codes: Option<Codes>,
+    /// Whether final norm and head follow their gradient.
+    pub(super) head: bool,
 }
 
 impl Trainer {
@@ -136,6 +140,7 @@ impl Trainer {
         };
         let ports = plan.entry(UPDATE).map_or(&[][..], |e| &e.inputs);
         let loads = ports.iter().filter(|p| p.0.starts_with(LOAD)).map(|p| p.0.clone()).collect();
+        let head = comparison.is_some() && plan.entry(HEAD).is_some();
         Ok(Trainer {
             exec,
             comparison,
@@ -153,6 +158,7 @@ impl Trainer {
             depths: None,
             parts: 1,
             codes: None,
+            head,
         })
     }
 
@@ -183,6 +189,11 @@ impl Trainer {
 
     /// Whether a step cannot be repeated from its record alone, but from its batch.
     pub fn needs_data(&self) -> bool {
+        self.is_along_gradient() || self.head
+    }
+
+    /// Whether steps go along a gradient alone.
+    pub fn is_along_gradient(&self) -> bool {
         self.comparison.is_none()
     }
 
@@ -191,12 +202,12 @@ impl Trainer {
         (self.rows * self.parts, self.tokens)
     }
 
-    /// Tokens that go forward through the model in one step: each sign and direction is a pass.
+    /// Tokens that go forward through the model in one step: each sign and direction is a pass, and a gradient beside them one more.
     pub fn forward_tokens(&self) -> u64 {
         let passes = match self.comparison {
             Some(how) => compare::sizes(how, self.members, self.rows).1,
             None => self.parts * self.rows,
-        };
+        } + if self.head { self.rows } else { 0 };
         (passes * self.tokens) as u64
     }
 
@@ -247,13 +258,16 @@ impl Trainer {
         }
         let counts = batch.weights();
         let (plus, minus) = compare::sides(comparison, self.members, &losses, &counts);
-        let c = compare::coefficients(comparison, &plus, &minus);
+        let mut c = compare::coefficients(comparison, &plus, &minus);
+        if self.head {
+            c.push(self.head_gradient(batch, step)?);
+        }
         let loss = weighted(&losses, &counts);
         Ok(Probed { plus, minus, c, loads, loss })
     }
 
     /// Move the weights by the scalars and loads of [`Probed`]. Weights, optimizer memory and these numbers decide the result; along a
-    /// gradient, [`Trainer::probe`] must have left it, see [`Trainer::needs_data`].
+    /// gradient, [`Trainer::probe`] must have left it on the same batch, see [`Trainer::needs_data`].
     ///
     /// # Errors
     /// Numbers of another plan (the weights are then as they were), or a failure to execute.
@@ -273,7 +287,7 @@ impl Trainer {
         }
         self.choose(step)?;
         let (seed, word) = self.stream(step);
-        self.exec.set_input(self.update, "c", c)?;
+        self.exec.set_input(self.update, "c", self.of_directions(c))?;
         if self.comparison.is_some() {
             self.exec.set_input(self.update, "seed", &seed)?;
         }

@@ -73,6 +73,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
             "group_size",
             "kappa",
             "sigma",
+            "hybrid_head",
         ],
     },
     EstimatorRow {
@@ -105,6 +106,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
             "distribution",
             "eps",
             "eps_rel",
+            "hybrid_head",
         ],
     },
     EstimatorRow {

@@ -72,6 +72,9 @@ pub struct HyperArgs {
     /// Divide steps by the spread of the losses, FZOO (mezo)
     #[arg(long, env = "CHIMERA_SCALED", num_args = 0..=1, default_missing_value = "true")]
     pub scaled: Option<bool>,
+    /// Final norm and head follow their gradient, for one forward pass more, and all other weights the estimate (perseq-lowrank, mezo)
+    #[arg(long, env = "CHIMERA_HYBRID_HEAD", num_args = 0..=1, default_missing_value = "true")]
+    pub hybrid_head: Option<bool>,
     /// What directions of matrices are (mezo) [default: dense]
     #[arg(long, env = "CHIMERA_FAMILY")]
     pub family: Option<FamilyName>,
@@ -193,6 +196,9 @@ pub struct Hyper {
     pub directions: u32,
     pub one_sided: bool,
     pub scaled: bool,
+    /// Whether final norm and head follow their gradient.
+    #[serde(default)]
+    pub hybrid_head: bool,
     pub family: FamilyName,
     pub period: u32,
     pub mask: MaskName,
@@ -257,6 +263,7 @@ impl HyperArgs {
             directions: self.directions.unwrap_or(1),
             one_sided: self.one_sided.unwrap_or(false),
             scaled: self.scaled.unwrap_or(false),
+            hybrid_head: self.hybrid_head.unwrap_or(false),
             family: self.family.unwrap_or(FamilyName::Dense),
             period: self.period.unwrap_or(50),
             mask: self.mask.unwrap_or(MaskName::Dense),
@@ -313,7 +320,7 @@ impl HyperArgs {
             unit
         );
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
-        put!(beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
+        put!(hybrid_head, beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
     }
@@ -329,7 +336,7 @@ impl HyperArgs {
             };
         }
         keep!(optimiser momentum second vec_scale rank group_size kappa sigma mode directions one_sided scaled);
-        keep!(family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
+        keep!(hybrid_head family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
         keep!(weight_decay beta1 beta2 adam_eps clip accumulate zero_gradient);
         out
     }

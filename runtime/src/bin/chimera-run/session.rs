@@ -5,12 +5,14 @@
 use crate::estimators::Way;
 use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
+use chimera_compiler::hybrid::HEAD;
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
 use chimera_frontends::layers::Depth;
 use chimera_ir::plan::Plan;
 use chimera_runtime::train::Depths;
 use signal_hook::consts::{SIGINT, SIGTERM};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -68,9 +70,28 @@ pub fn training_plan(
 ) -> Result<Plan, Failure> {
     let parameters = parameters(config);
     let trainable = hyper.trainable(parameters.iter().map(|p| p.name.as_str()))?;
+    if let (true, Some(names)) = (hyper.hybrid_head, &trainable) {
+        divided(names)?;
+    }
     let entries = [training_entries(config, hyper), further].concat();
     let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
-    Ok(compile(config, &Options { entries, objective, carried, trainable, ..run.compile()? })?)
+    let hybrid = hyper.hybrid_head;
+    Ok(compile(config, &Options { entries, objective, carried, hybrid, trainable, ..run.compile()? })?)
+}
+
+/// Refuses a choice of weights that has none for the gradient, or none for the estimate.
+fn divided(names: &HashSet<String>) -> Result<(), Failure> {
+    let of_head = names.iter().filter(|name| HEAD.contains(&name.as_str())).count();
+    match of_head {
+        0 => Err(Failure::usage(format!(
+            "--only leaves out {}, so --hybrid-head has no meaning; leave it out or train one of them",
+            HEAD.join(" and ")
+        ))),
+        n if n == names.len() => Err(Failure::usage(
+            "--only leaves no weight to probe beside --hybrid-head; choose more weights, or --estimator adamw",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Rows that one measurement takes at a time; long sequences have as many as in training, as each has its state.
@@ -88,6 +109,7 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let [first, update] = hyper.entries(balance);
     let rows_at_once = rows / hyper.accumulate as usize;
     let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];
+    entries.extend(hyper.hybrid_head.then(|| spec(EntryKind::Head, rows)));
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
 }
