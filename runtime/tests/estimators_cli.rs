@@ -48,11 +48,16 @@ fn runs_of_every_estimator_resume_to_the_same_bits() {
         "--mode additive --family lozo --rank 2 --period 2 --directions 2 --eps-rel 0.1",
         "--family subzero --rank 2 --period 2",
         "--mode additive --family tezo --rank 2 --scaled",
+        "--mode scales --optimiser replay --history 3 --momentum 0.5",
         "--hybrid-head --mode scales --one-sided --directions 2 --mask random --sparsity 0.5 --mask-refresh 2",
     ];
     let all = mezo.map(|words| format!("--estimator mezo {words}")).into_iter();
-    let others =
-        ["--rank 2 --group-size 2 --optimiser adam --second 0.99", "--hybrid-head", "--hybrid-head --only *norm*"];
+    let others = [
+        "--rank 2 --group-size 2 --optimiser adam --second 0.99",
+        "--hybrid-head",
+        "--hybrid-head --only *norm*",
+        "--optimiser replay --history 2",
+    ];
     for (i, words) in all.chain(others.map(str::to_owned)).enumerate() {
         let (whole, parts) = (format!("whole{i}"), format!("parts{i}"));
         let (code, text) = place.train(&format!("{words} --lr 1e-3 --steps 5 --out {whole}"), "1");
@@ -80,7 +85,8 @@ fn options_without_a_meaning_are_refused() {
         ("--estimator adamw --optimiser adam", "choose --estimator perseq-lowrank or mezo"),
         ("--estimator sgd --one-sided", "--one-sided has no meaning for the estimator sgd"),
         ("--estimator mezo --clip 1", "choose --estimator adamw or sgd or chimera21"),
-        ("--estimator mezo --momentum 0.5", "expected --optimiser momentum, normalised or adam"),
+        ("--estimator mezo --momentum 0.5", "expected --optimiser momentum, replay, normalised or adam"),
+        ("--history 3", "expected --optimiser replay"),
         ("--second 0.9", "expected --optimiser adam"),
         ("--optimiser momentum --vec-scale 0.1", "expected --optimiser normalised"),
         ("--estimator mezo --rank 2", "expected --family lozo, subzero or tezo"),

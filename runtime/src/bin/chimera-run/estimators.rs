@@ -74,6 +74,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
             "kappa",
             "sigma",
             "hybrid_head",
+            "history",
         ],
     },
     EstimatorRow {
@@ -107,6 +108,7 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
             "eps",
             "eps_rel",
             "hybrid_head",
+            "history",
         ],
     },
     EstimatorRow {

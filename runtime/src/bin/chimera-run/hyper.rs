@@ -54,9 +54,12 @@ pub struct HyperArgs {
     /// Probe size on vectors (perseq-lowrank) [default: 0.01]
     #[arg(long, env = "CHIMERA_SIGMA", value_parser = positive)]
     pub sigma: Option<f64>,
-    /// Decay of the running mean of estimates (--optimiser momentum, normalised, adam) or of the sum of gradients (--estimator sgd) [default: 0.9]
+    /// Decay of the running mean of estimates (--optimiser momentum, replay, normalised, adam) or of the sum of gradients (--estimator sgd) [default: 0.9]
     #[arg(long, env = "CHIMERA_MOMENTUM", value_parser = share)]
     pub momentum: Option<f64>,
+    /// Steps whose estimates are drawn again (--optimiser replay) [default: 50]
+    #[arg(long, env = "CHIMERA_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub history: Option<u32>,
     /// Step scale of vectors (normalised) [default: 0.02]
     #[arg(long, env = "CHIMERA_VEC_SCALE", value_parser = positive)]
     pub vec_scale: Option<f64>,
@@ -191,6 +194,9 @@ pub struct Hyper {
     pub kappa: f64,
     pub sigma: f64,
     pub momentum: f64,
+    /// Steps whose estimates are drawn again.
+    #[serde(default)]
+    pub history: u32,
     pub vec_scale: f64,
     pub mode: ModeName,
     pub directions: u32,
@@ -258,6 +264,7 @@ impl HyperArgs {
             kappa: self.kappa.unwrap_or(0.1),
             sigma: self.sigma.unwrap_or(0.01),
             momentum: self.momentum.unwrap_or(0.9),
+            history: self.history.unwrap_or(50),
             vec_scale: self.vec_scale.unwrap_or(0.02),
             mode: self.mode.unwrap_or(ModeName::Requantise),
             directions: self.directions.unwrap_or(1),
@@ -320,7 +327,7 @@ impl HyperArgs {
             unit
         );
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
-        put!(hybrid_head, beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
+        put!(history, hybrid_head, beta1, beta2, adam_eps, clip, accumulate, zero_gradient);
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
     }
@@ -336,7 +343,7 @@ impl HyperArgs {
             };
         }
         keep!(optimiser momentum second vec_scale rank group_size kappa sigma mode directions one_sided scaled);
-        keep!(hybrid_head family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
+        keep!(history hybrid_head family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
         keep!(weight_decay beta1 beta2 adam_eps clip accumulate zero_gradient);
         out
     }
