@@ -4,9 +4,11 @@
 
 mod assemble;
 pub mod budget;
+pub mod cosine;
 pub mod descend;
 pub mod estimators;
 mod fuse;
+pub mod hybrid;
 pub mod inspect;
 pub mod memory;
 pub mod optimisers;

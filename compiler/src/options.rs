@@ -41,6 +41,10 @@ pub enum EntryKind {
     Adapt,
     /// `mask`: the choice of what a scheme probes, where it keeps one.
     Mask(Scheme),
+    /// `head`: the gradient of final norm and head, for an `update` with [`Options::hybrid`].
+    Head,
+    /// `cosine`: inner products of the estimate of a scheme and the gradient.
+    Cosine(Scheme),
     /// `prefix`: what goes into the layer of [`Options::cut`].
     Prefix,
 }
@@ -59,6 +63,8 @@ impl EntryKind {
             EntryKind::Update(..) | EntryKind::Descend(_) => "update",
             EntryKind::Adapt => "adapt",
             EntryKind::Mask(_) => "mask",
+            EntryKind::Head => "head",
+            EntryKind::Cosine(_) => "cosine",
             EntryKind::Prefix => "prefix",
         }
     }
@@ -88,11 +94,13 @@ impl fmt::Display for EntrySpec {
             Some(Depth::PerRow { max, adaptive }) => write!(f, " loops<={max} adaptive={adaptive}")?,
         }
         match &self.kind {
-            EntryKind::Loss | EntryKind::Grad | EntryKind::Adapt => Ok(()),
+            EntryKind::Loss | EntryKind::Grad | EntryKind::Adapt | EntryKind::Head => Ok(()),
             EntryKind::Backward { accumulate } => write!(f, " accumulate={accumulate}"),
             EntryKind::Logits | EntryKind::Prefill | EntryKind::Decode | EntryKind::Prefix => Ok(()),
             EntryKind::Descend(descent) => write!(f, " {descent:?}"),
-            EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) => write!(f, " {scheme:?}"),
+            EntryKind::DualLoss(scheme) | EntryKind::Mask(scheme) | EntryKind::Cosine(scheme) => {
+                write!(f, " {scheme:?}")
+            }
             EntryKind::Update(scheme, rule) => write!(f, " {scheme:?} {rule:?}"),
         }
     }
@@ -123,6 +131,8 @@ pub struct Options {
     /// Whether `loss` and `backward` carry states from call to call, those of an entry point as `ENTRY:NAME`; gradients end where a call
     /// begins (semantics 12.4).
     pub carried: bool,
+    /// Whether final norm and head follow the gradient that `head` leaves, and probes leave them alone.
+    pub hybrid: bool,
     /// Weights that probes reach and updates change; all that can be trained when absent.
     pub trainable: Option<HashSet<String>>,
     /// The layer in front of which [`EntryKind::DualLoss`] and [`EntryKind::Backward`] begin: they take what goes into it, which
@@ -166,6 +176,7 @@ impl Default for Options {
             entries: vec![],
             objective: Objective::Tokens,
             carried: false,
+            hybrid: false,
             trainable: None,
             cut: None,
             packed: HashSet::new(),

@@ -20,12 +20,13 @@ use chimera_ir::{
 use crate::{
     CompileError, EntryKind, EntrySpec, Objective, Options,
     assemble::Assembler,
-    budget, descend,
+    budget, cosine, descend,
     estimators::{
         Mask, Scheme,
         mask::{self, masked},
     },
     fuse::{Decisions, fuse},
+    hybrid,
     passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
     quantiser,
     rebuild::sweep,
@@ -77,7 +78,7 @@ pub fn compile_observed(
         let name = spec.kind.name();
         let fail = |stage| move |error| CompileError::Infer { entry: name.to_owned(), stage, error };
         let verb = match spec.kind {
-            EntryKind::Grad | EntryKind::Backward { .. } => Some("needs"),
+            EntryKind::Grad | EntryKind::Backward { .. } | EntryKind::Head | EntryKind::Cosine(_) => Some("needs"),
             EntryKind::DualLoss(_)
             | EntryKind::Update(..)
             | EntryKind::Descend(_)
@@ -131,7 +132,7 @@ pub fn compile_observed(
             grad::unroll(g, half).map_err(fail("build"))
         };
         let g = match &spec.kind {
-            EntryKind::Loss => build_loss()?,
+            EntryKind::Loss | EntryKind::Head => build_loss()?,
             EntryKind::DualLoss(_) => rest()?,
             EntryKind::Prefix => match options.cut {
                 Some(layer) => part(Part::To(layer))?,
@@ -139,6 +140,11 @@ pub fn compile_observed(
             },
             EntryKind::Grad => unrolled(&build_loss()?)?,
             EntryKind::Backward { .. } => unrolled(&rest()?)?,
+            EntryKind::Cosine(scheme) => {
+                let (members, targets) = (scheme.members(spec.rows), targets(cfg, options));
+                let unrolled = grad::unroll(&build_loss()?, false).map_err(fail("build"))?;
+                cosine::estimates(&unrolled, scheme, members, &targets, &quantised(cfg)).map_err(fail("build"))?
+            }
             EntryKind::Logits => build(Head::Logits, Form::Chunked, true)?,
             EntryKind::Prefill => build(Head::Hidden, Form::Chunked, true)?,
             EntryKind::Decode => build(Head::Logits, Form::Recurrent, true)?,
@@ -175,6 +181,9 @@ pub fn compile_observed(
         );
         plan.options.push(("quantiser".to_owned(), numbers));
     }
+    if options.hybrid {
+        plan.options.push(("hybrid".to_owned(), hybrid::HEAD.join(" ")));
+    }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
         if let EntryKind::Descend(descent) = &spec.kind {
@@ -192,9 +201,14 @@ pub fn compile_observed(
 
 fn shape(cfg: &ModelConfig, spec: &EntrySpec, form: Form, carry: bool) -> Shape {
     let depth = spec.depth.unwrap_or(match (&cfg.looping, &spec.kind) {
-        (Some(l), EntryKind::DualLoss(_) | EntryKind::Backward { .. } | EntryKind::Prefix) if l.stochastic => {
-            Depth::PerRow { max: l.range[1], adaptive: false }
-        }
+        (
+            Some(l),
+            EntryKind::DualLoss(_)
+            | EntryKind::Backward { .. }
+            | EntryKind::Prefix
+            | EntryKind::Head
+            | EntryKind::Cosine(_),
+        ) if l.stochastic => Depth::PerRow { max: l.range[1], adaptive: false },
         (Some(l), _) => Depth::Fixed(l.default),
         (None, _) => Depth::Fixed(1),
     });
@@ -231,7 +245,10 @@ fn targets(cfg: &ModelConfig, options: &Options) -> Vec<Target> {
     parameters(cfg)
         .into_iter()
         .filter(|p| wanted(&p.name))
-        .map(|p| Target { name: p.name, dims: p.dims, kind: kind(p.kind) })
+        .map(|p| {
+            let exact = options.hybrid && hybrid::HEAD.contains(&p.name.as_str());
+            Target { name: p.name, dims: p.dims, kind: kind(p.kind), exact }
+        })
         .collect()
 }
 
@@ -261,6 +278,7 @@ fn stages(
         Some(set) => set.iter().filter(|n| estimated(n)).cloned().collect(),
         None => kinds.keys().filter(|n| estimated(n)).cloned().collect(),
     };
+    let probed = if options.hybrid { hybrid::below(&trainable) } else { trainable.clone() };
     let budget = Budget(options.max_rewrites);
     let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };
     let mut prepare = Prepare::default();
@@ -272,13 +290,21 @@ fn stages(
         let mut shared = (0, 0);
         let transformed = match &kind {
             EntryKind::DualLoss(scheme) => {
-                let probed =
-                    dual::probe(&g, scheme, rows, kinds, &trainable).map_err(Stages::error("transform", name))?;
-                (g, shared) = (probed.graph, probed.shared);
+                let dual = dual::probe(&g, scheme, rows, kinds, &probed).map_err(Stages::error("transform", name))?;
+                (g, shared) = (dual.graph, dual.shared);
                 true
             }
             EntryKind::Grad => {
                 g = grad::grad(&g, &trainable, None).map_err(Stages::error("transform", name))?;
+                true
+            }
+            EntryKind::Cosine(_) => {
+                let compared = grad::grad(&g, &probed, None).and_then(|g| cosine::compared(&g));
+                g = compared.map_err(Stages::error("transform", name))?;
+                true
+            }
+            EntryKind::Head => {
+                g = hybrid::graph(&g, &trainable).map_err(Stages::error("transform", name))?;
                 true
             }
             EntryKind::Backward { accumulate } => {

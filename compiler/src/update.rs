@@ -10,7 +10,8 @@ use chimera_ir::{
 
 use crate::{
     estimators::{Cx, Scales, Scheme, Weight},
-    optimisers::Optimiser,
+    optimisers::{Optimiser, replay::Past},
+    passes::grad::GRAD,
 };
 
 /// How an estimate becomes a step.
@@ -20,6 +21,8 @@ pub struct UpdateRule {
     pub optimiser: Option<Optimiser>,
     /// Decay of a running mean of estimates.
     pub momentum: f32,
+    /// Steps whose estimates [`Optimiser::Replay`] draws again.
+    pub history: usize,
     /// Decay of a running mean of squares.
     pub second: f32,
     /// Step scale of vectors where steps are relative to the size of a weight.
@@ -32,7 +35,15 @@ pub struct UpdateRule {
 
 impl Default for UpdateRule {
     fn default() -> UpdateRule {
-        UpdateRule { optimiser: None, momentum: 0.9, second: 0.999, vec_scale: 0.02, weight_decay: 0.0, balance: 0.0 }
+        UpdateRule {
+            optimiser: None,
+            momentum: 0.9,
+            history: 50,
+            second: 0.999,
+            vec_scale: 0.02,
+            weight_decay: 0.0,
+            balance: 0.0,
+        }
     }
 }
 
@@ -45,6 +56,8 @@ pub struct Target {
     pub dims: Vec<usize>,
     /// Kind.
     pub kind: WeightKind,
+    /// Whether its gradient is in a state `grad.NAME` and stands in place of an estimate.
+    pub exact: bool,
 }
 
 /// How ternary weights are quantised.
@@ -58,7 +71,7 @@ pub struct Quantised {
 
 impl Quantised {
     /// The scales of a latent.
-    fn scales(&self, g: &mut Graph, v: Value) -> Result<Scales, InferError> {
+    pub(crate) fn scales(&self, g: &mut Graph, v: Value) -> Result<Scales, InferError> {
         let columns = g.ty(v).cols();
         let alpha = g.op(GroupScale { mode: self.mode }, &[v])?;
         let group = match self.mode {
@@ -91,6 +104,13 @@ pub fn graph(
         .collect();
     let estimator = scheme.estimator();
     let optimiser = rule.optimiser.unwrap_or_else(|| estimator.optimiser());
+    let past = match optimiser {
+        Optimiser::Replay => {
+            let mut cx = Cx { g: &mut g, random: [seed, step, first], members };
+            Some(Past::read(&mut cx, rule, c)?)
+        }
+        _ => None,
+    };
     for t in targets {
         g.at(t.name.rsplit_once('.').map_or("update", |(site, _)| site));
         let v = g.param(&t.name, Type::f32(&t.dims));
@@ -105,9 +125,20 @@ pub fn graph(
                 None => continue,
             },
             WeightKind::Optimizer | WeightKind::Packed => continue,
+            _ if t.exact => {
+                let gradient = g.state(format!("{GRAD}{}", t.name), Type::f32(&t.dims));
+                let mut cx = Cx { g: &mut g, random: [seed, step, first], members };
+                optimiser.step(&mut cx, rule, &w, gradient, lr)?
+            }
             _ => {
                 let mut cx = Cx { g: &mut g, random: [seed, step, first], members };
-                estimator.moved(&mut cx, &w, c, &|cx, w, g| optimiser.step(cx, rule, w, g, lr))?
+                match &past {
+                    None => estimator.moved(&mut cx, &w, c, &|cx, w, g| optimiser.step(cx, rule, w, g, lr))?,
+                    Some(past) => estimator.moved(&mut cx, &w, c, &|cx, target, g| {
+                        let sum = past.sum(cx, estimator, rule.momentum, &w, g)?;
+                        Optimiser::Sgd.step(cx, rule, target, sum, lr)
+                    })?,
+                }
             }
         };
         g.writes.push((w.name, next));

@@ -48,9 +48,17 @@ fn runs_of_every_estimator_resume_to_the_same_bits() {
         "--mode additive --family lozo --rank 2 --period 2 --directions 2 --eps-rel 0.1",
         "--family subzero --rank 2 --period 2",
         "--mode additive --family tezo --rank 2 --scaled",
+        "--mode scales --optimiser replay --history 3 --momentum 0.5",
+        "--hybrid-head --mode scales --one-sided --directions 2 --mask random --sparsity 0.5 --mask-refresh 2",
     ];
     let all = mezo.map(|words| format!("--estimator mezo {words}")).into_iter();
-    for (i, words) in all.chain(["--rank 2 --group-size 2 --optimiser adam --second 0.99".to_owned()]).enumerate() {
+    let others = [
+        "--rank 2 --group-size 2 --optimiser adam --second 0.99",
+        "--hybrid-head",
+        "--hybrid-head --only *norm*",
+        "--optimiser replay --history 2",
+    ];
+    for (i, words) in all.chain(others.map(str::to_owned)).enumerate() {
         let (whole, parts) = (format!("whole{i}"), format!("parts{i}"));
         let (code, text) = place.train(&format!("{words} --lr 1e-3 --steps 5 --out {whole}"), "1");
         assert_eq!(code, Some(0), "{words}: {text}");
@@ -77,7 +85,8 @@ fn options_without_a_meaning_are_refused() {
         ("--estimator adamw --optimiser adam", "choose --estimator perseq-lowrank or mezo"),
         ("--estimator sgd --one-sided", "--one-sided has no meaning for the estimator sgd"),
         ("--estimator mezo --clip 1", "choose --estimator adamw or sgd or chimera21"),
-        ("--estimator mezo --momentum 0.5", "expected --optimiser momentum, normalised or adam"),
+        ("--estimator mezo --momentum 0.5", "expected --optimiser momentum, replay, normalised or adam"),
+        ("--history 3", "expected --optimiser replay"),
         ("--second 0.9", "expected --optimiser adam"),
         ("--optimiser momentum --vec-scale 0.1", "expected --optimiser normalised"),
         ("--estimator mezo --rank 2", "expected --family lozo, subzero or tezo"),
@@ -85,6 +94,9 @@ fn options_without_a_meaning_are_refused() {
         ("--estimator mezo --sparsity 0.1", "expected a --mask of a share"),
         ("--estimator mezo --mask fisher", "expected --fisher FILE"),
         ("--estimator mezo --mode additive --mask boundary", "expected --mode requantise"),
+        ("--estimator adamw --hybrid-head", "choose --estimator perseq-lowrank or mezo"),
+        ("--hybrid-head --only layers.*", "--only leaves out norm.weight and embed.weight"),
+        ("--hybrid-head --only embed.weight,norm.weight", "no weight to probe"),
         ("--estimator mezo --unit 2^-9", "expected --mode integer"),
         ("--estimator mezo --mode integer --unit 0.3", "expected a power of two"),
     ] {

@@ -10,7 +10,7 @@ use chimera_frontends::config::{ModelConfig, Overrides, ParamKind, Scale, expert
 use chimera_ir::{
     Data, Tensor,
     ops::{BlockScales, Distribution, GroupScale, OpDef, PackTernary, ScaleMode},
-    plan::{CODES, SCALES},
+    plan::{CODES, SCALES, WeightKind},
 };
 use chimera_runtime::{
     exec::{ExecOptions, Executable},
@@ -219,6 +219,30 @@ fn optimisers_follow_their_formulas() {
                 let want: Vec<f64> = (0..n).map(next).collect();
                 same_step(&format!("{optimiser:?}, step {step}, {name}"), before, after, &want);
             }
+        }
+    }
+}
+
+/// Three estimates fade in a sum that has no memory but scalars.
+#[test]
+fn momentum_is_drawn_again_from_scalars() {
+    let cfg = small();
+    let shared = Shared { eps: 1e-2, directions: 2, ..Shared::default() };
+    let rule = UpdateRule { optimiser: Some(Optimiser::Replay), momentum: 0.8, history: 2, ..UpdateRule::default() };
+    let mut trainer = trainer(&cfg, &shared, &rule);
+    let memory = trainer.exec().plan().weights.iter().filter(|w| w.kind == WeightKind::Optimizer);
+    assert_eq!(memory.map(|w| w.ty.numel()).sum::<usize>(), 2 * 2);
+    let mut done = steps(&mut trainer, &cfg, 5);
+    done.push((weights(&trainer), done[0].1.clone()));
+    for name in NAMES {
+        let dims = dims_of(&cfg, name);
+        let all: Vec<Vec<f64>> =
+            (0..5).map(|step| estimate(&shared, name, &dims, step as u64, &done[step].1)).collect();
+        for (step, pair) in done.windows(2).enumerate() {
+            let faded = |i: usize| (0..=step.min(2)).map(|j| 0.8f64.powi(j as i32) * all[step - j][i]).sum::<f64>();
+            let (before, after) = (&pair[0].0[name], &pair[1].0[name]);
+            let want: Vec<f64> = before.iter().enumerate().map(|(i, w)| f64::from(*w) - LR * faded(i)).collect();
+            same_step(&format!("step {step}, {name}"), before, after, &want);
         }
     }
 }

@@ -30,7 +30,7 @@ fn forwards_of_the_specification() {
     let [x, u, bias] = ["in.x", "param.U", "param.bias"].map(|n| golden.tensor(n));
     let &[forwards, rows, n] = &x.ty.dims[..] else { panic!("inputs of forwards") };
     let m = u.ty.dims[0];
-    let target = Target { name: "u".into(), dims: u.ty.dims.clone(), kind: WeightKind::Ternary };
+    let target = Target { name: "u".into(), dims: u.ty.dims.clone(), kind: WeightKind::Ternary, exact: false };
     let graph = quantiser::graph(&[target]).expect("the graph builds");
     let scale = format!("{QUANTISER}u");
     for (mode, strict) in [("chimera", false), ("strict_bitnet", true)] {

@@ -20,7 +20,7 @@ use chimera_runtime::train::metrics::Log;
 use chimera_runtime::train::paradigms::Stages;
 use chimera_runtime::train::standing::Standing;
 use chimera_runtime::train::{
-    Budget, Decay, Event, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
+    Budget, Decay, Event, Inspection, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
 };
 
 const ROWS: usize = 2;
@@ -87,6 +87,7 @@ fn options(folder: &Path) -> RunOptions {
         save_every: 2,
         keep: 1,
         explosion: 0.0,
+        inspection: Inspection::default(),
         writing: None,
         folder: Some(folder.to_path_buf()),
     }

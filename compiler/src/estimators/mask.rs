@@ -95,7 +95,11 @@ pub(crate) fn graph(by: Score, share: f32, weights: &[(String, Vec<usize>)]) -> 
 pub(crate) fn masked(scheme: &Scheme, targets: &[Target]) -> Vec<(String, Vec<usize>)> {
     let probed = |t: &&Target| !matches!(t.kind, WeightKind::Buffer | WeightKind::Optimizer | WeightKind::Packed);
     let of = |t: &Target| (t.name.clone(), t.dims.clone());
-    let chosen = targets.iter().filter(probed).filter(|t| scheme.estimator().reach(t.kind) != Reach::Scales);
+    let chosen = targets
+        .iter()
+        .filter(|t| !t.exact)
+        .filter(probed)
+        .filter(|t| scheme.estimator().reach(t.kind) != Reach::Scales);
     chosen.map(of).collect()
 }
 

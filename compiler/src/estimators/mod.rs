@@ -181,6 +181,11 @@ pub(crate) trait Estimator {
     /// The estimate for a weight from one scalar for each direction, `c [M]`.
     fn estimate(&self, cx: &mut Cx<'_>, w: &Weight, c: Value) -> Built;
 
+    /// The estimate in the units of the gradient with respect to the weight, up to one factor for all weights.
+    fn gradient(&self, cx: &mut Cx<'_>, w: &Weight, c: Value) -> Built {
+        self.estimate(cx, w, c)
+    }
+
     /// The next value of a weight, given what makes a step of an estimate.
     fn moved(&self, cx: &mut Cx<'_>, w: &Weight, c: Value, step: &StepOf<'_>) -> Built {
         let g = self.estimate(cx, w, c)?;

@@ -149,6 +149,17 @@ impl Estimator for PerSequence {
         cx.op(LowRankGrad { rank: self.rank }, &[c, a, b])
     }
 
+    /// Differences of losses grow with the size of the probe, and with the rank that shares it.
+    fn gradient(&self, cx: &mut Cx<'_>, w: &Weight, c: Value) -> Built {
+        let g = self.estimate(cx, w, c)?;
+        if w.kind == WeightKind::Vector {
+            return cx.affine(g, 1.0 / self.sigma_vec, 0.0);
+        }
+        let scale = self.scale(cx, w)?;
+        let width = cx.affine(scale, self.rank as f32, 0.0)?;
+        cx.binary(BinaryFn::Div, g, width)
+    }
+
     fn optimiser(&self) -> Optimiser {
         Optimiser::Normalised
     }

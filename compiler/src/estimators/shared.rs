@@ -296,6 +296,16 @@ impl Estimator for Shared {
         }
     }
 
+    /// Where scales are probed, what their estimate makes of the latents that carry them.
+    fn gradient(&self, cx: &mut Cx<'_>, w: &Weight, c: Value) -> Built {
+        let g = self.estimate(cx, w, c)?;
+        if !self.scales_of(w) {
+            return Ok(g);
+        }
+        let group = w.scales.as_ref().map_or(0, |s| s.group);
+        cx.op(ScaleGroups { group }, &[w.v, g])
+    }
+
     fn moved(&self, cx: &mut Cx<'_>, w: &Weight, c: Value, step: &StepOf<'_>) -> Built {
         let g = self.estimate(cx, w, c)?;
         if self.scales_of(w) {

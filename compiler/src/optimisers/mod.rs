@@ -5,6 +5,7 @@
 mod adam;
 mod momentum;
 mod normalised;
+pub(crate) mod replay;
 mod sgd;
 
 use chimera_ir::{Type, Value, ops::BinaryFn, plan::WeightKind};
@@ -22,6 +23,8 @@ pub enum Optimiser {
     Sgd,
     /// A running sum of fading estimates times the rate.
     Momentum,
+    /// As [`Optimiser::Momentum`] over the last steps, without its memory: their estimates are drawn again.
+    Replay,
     /// A running mean of estimates of unit size, relative to the size of the weight (13.4).
     Normalised,
     /// A running mean of estimates by the root of that of their squares, for each entry.
@@ -33,7 +36,8 @@ impl Optimiser {
     pub(crate) fn step(self, cx: &mut Cx<'_>, rule: &UpdateRule, w: &Weight, g: Value, lr: Value) -> Built {
         match self {
             Optimiser::Sgd => sgd::step(cx, rule, w, g, lr),
-            Optimiser::Momentum => momentum::step(cx, rule, w, g, lr),
+            // A gradient cannot be drawn again.
+            Optimiser::Momentum | Optimiser::Replay => momentum::step(cx, rule, w, g, lr),
             Optimiser::Adam => adam::step(cx, rule, w, g, lr),
             Optimiser::Normalised => normalised::step(cx, rule, w, g, lr),
         }

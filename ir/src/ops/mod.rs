@@ -23,6 +23,7 @@ mod descend;
 mod descend_bytes;
 mod descent_rates;
 mod dispatch;
+mod earlier_step;
 mod efla_beta;
 mod efla_grad;
 mod embed;
@@ -110,6 +111,7 @@ pub use self::{
     descend_bytes::{DescendBytes, STATE_BLOCK},
     descent_rates::DescentRates,
     dispatch::Dispatch,
+    earlier_step::EarlierStep,
     efla_beta::EflaBeta,
     efla_grad::EflaGrad,
     embed::Embed,
@@ -589,4 +591,4 @@ impl Op {
     }
 }
 
-ops! { AddTotal, Balance, Binary, BlockScales, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescendBytes, DescentRates, Dispatch, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Preference, PreferenceGrad, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }
+ops! { AddTotal, Balance, Binary, BlockScales, BoundaryMask, Combine, CombineGrad, CrossEntropy, CrossEntropyInput, CrossEntropyWeight, Dequantise, Descend, DescendBytes, DescentRates, Dispatch, EarlierStep, EflaBeta, EflaGrad, Embed, EmbedGrad, EmbedRank, GatedDelta, GatedDeltaGrad, GatherRows, GroupScale, LabelLogit, Linear, LoopExit, LoopMask, LossMean, LossMeanGrad, LowRankGrad, MeanAbs, MemberDot, Mlstm, MlstmGrad, Norm, NormGrad, NormQuantise, Orthonormal, PackPanels, PackTernary, PeriodStart, Positions, Preference, PreferenceGrad, Probe, Quantise, Random, RankUpdate, Reshape, RmsScalar, Rope, RopeTable, Route, RouteGrad, RowRms, RowSquares, ScaleGroups, ScatterRows, Select, ShortConv, ShortConvGrad, SpanKnot, Stack, StochasticRound, StopRows, SumTo, TakeColumns, TernaryDense, TernaryProduct, TernaryTranspose, TileRows, TitansGrad, TitansMemory, TopMask, TransposePanels, Unary, Unstack, WeightGrad, WeightedSum, WindowAttention, WindowGrad }

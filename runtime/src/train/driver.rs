@@ -7,6 +7,7 @@ use super::TrainError;
 use super::agreement::Agreement;
 use super::backprop::DECAY;
 use super::checkpoint::{self, Meta};
+use super::health::{Health, Inspection};
 use super::journal::{Journal, Record, Rollback, StepRecord};
 use super::metrics::{StepMetrics, Validation, moving_average, resident_bytes};
 use super::paradigms::{Stage, Stages};
@@ -130,6 +131,8 @@ pub struct RunOptions {
     pub keep: usize,
     /// Go back to a checkpoint when the moving average of the loss is so many nats above its lowest; 0 never does.
     pub explosion: f64,
+    /// What it looks at besides losses.
+    pub inspection: Inspection,
     /// Texts to write on the way.
     pub writing: Option<Writing>,
     /// Where checkpoints go; nothing keeps the run in memory.
@@ -287,7 +290,7 @@ impl Run<'_> {
         let (batch, position) = self.batches.next(before.position, rows, tokens);
         let (probed, ema) = match self.trainer.probe(&batch, before.step) {
             Ok(mut probed) => {
-                if let (true, Some(share)) = (self.trainer.needs_data(), probed.c.get_mut(DECAY)) {
+                if let (true, Some(share)) = (self.trainer.is_along_gradient(), probed.c.get_mut(DECAY)) {
                     *share = options.schedule.decay_share(over) as f32;
                 }
                 let ema = moving_average(before.ema, probed.loss);
@@ -301,9 +304,22 @@ impl Run<'_> {
             }
             Err(e) => return Err(e),
         };
-        self.trainer.apply(before.step, lr, &probed.c, &probed.loads)?;
-        let dt = began.elapsed();
         let step = before.step + 1;
+        let (mut health, looked) = (Health::of(&probed), Instant::now());
+        if Inspection::is_due(options.inspection.cosine, step) {
+            self.trainer.compare(&batch, before.step, &probed, &mut health)?;
+        }
+        health.head_norm = self.trainer.head_norm(&probed);
+        let aside = looked.elapsed();
+        let counted = Inspection::is_due(options.inspection.flips, step);
+        if counted {
+            self.trainer.keep_codes()?;
+        }
+        self.trainer.apply(before.step, lr, &probed.c, &probed.loads)?;
+        if counted {
+            health.flips = self.trainer.flips()?;
+        }
+        let dt = began.elapsed().saturating_sub(aside);
         // The time behind the last step counts too: it went into measuring and saving.
         let seconds = before.seconds + on.clock.elapsed().as_secs_f64();
         on.clock = Instant::now();
@@ -314,7 +330,7 @@ impl Run<'_> {
             let (loss, c, loads) = (probed.loss, probed.c.clone(), probed.loads.clone());
             journal.add(&Record::Step(StepRecord { step, rollbacks, position, lr, loss, seconds, c, loads, stage }))?;
         }
-        self.report(options, &batch, &probed, [lr, ema], dt, on)?;
+        self.report(options, &batch, (&probed, health), [lr, ema], dt, on)?;
         let due = match options.save_every {
             0 => on.saved_at.elapsed() >= SAVE_EVERY,
             n => step.is_multiple_of(n),
@@ -335,7 +351,7 @@ impl Run<'_> {
         &mut self,
         options: &RunOptions,
         batch: &Batch,
-        probed: &Probed,
+        (probed, health): (&Probed, Health),
         [lr, ema]: [f64; 2],
         dt: Duration,
         on: &mut Loop<'_>,
@@ -362,9 +378,10 @@ impl Run<'_> {
             bits_per_byte: tally.bits_per_byte(),
             ema,
             spread: probed.spread(),
-            norm: self.trainer.needs_data().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
+            norm: self.trainer.is_along_gradient().then(|| probed.c.first().map_or(0.0, |&x| f64::from(x))),
             agreement,
             codes,
+            health,
             validation: on.validation,
             validated: validated && on.validation.is_some(),
             position: self.progress.position,

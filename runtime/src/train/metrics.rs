@@ -4,6 +4,7 @@
 
 use super::TrainError;
 use super::agreement::Agreement;
+use super::health::Health;
 use super::quantiser::Codes;
 use crate::files::FileError;
 use crate::files::atomic::write_atomic;
@@ -59,6 +60,8 @@ pub struct StepMetrics {
     pub ema: f64,
     /// Root mean square of the differences between both signs of the probes, nats per token; 0 along a gradient.
     pub spread: f64,
+    /// What else is known of the estimate.
+    pub health: Health,
     /// Norm of the gradient before it is limited, where the step goes along one.
     pub norm: Option<f64>,
     /// What the agreement of gradients does, where the rule goes by it and the step was measured.
@@ -119,6 +122,9 @@ impl StepMetrics {
         }
         if let Some(agreement) = &self.agreement {
             put("agreement", agreement.to_json());
+        }
+        for (key, _, x) in self.health.rows() {
+            put(key, json!(x));
         }
         if let (true, Some(v)) = (self.validated, self.validation) {
             put("val", json!(v.nats_per_token));
@@ -224,6 +230,12 @@ impl fmt::Display for StepMetrics {
         }
         write!(f, " | tok/s {:.0} (fwd {:.0}) | dt {}", self.data_rate(), self.forward_rate(), Short(self.dt))?;
         write!(f, " | lr {} | seq {}", Rate(self.lr), self.seq)?;
+        if let Some(flips) = self.health.flips {
+            write!(f, " | flips {:.2}%", 100.0 * flips)?;
+        }
+        if let Some(cosine) = self.health.cosine {
+            write!(f, " | cos {cosine:.3}")?;
+        }
         write!(f, " | mem {} | eta {}", Bytes(self.memory), Short(self.eta))
     }
 }
@@ -306,6 +318,7 @@ mod tests {
             bits_per_byte: None,
             ema: 3.5,
             spread: 0.02,
+            health: Health::default(),
             norm: None,
             agreement: None,
             codes: None,
@@ -336,6 +349,16 @@ mod tests {
             m.to_string(),
             "step 120 2.4% | loss 3.412 (ema 3.50, 4.92 bits/byte) val 3.61 (5.21 bits/byte) | tok/s 1842 (fwd 3683) | dt 278ms | lr 3.33e-5 | seq 128 | mem 412M | eta 22m10s"
         );
+    }
+
+    #[test]
+    fn health_shows_where_it_was_measured() {
+        let health = Health { mean: Some(0.5), flips: Some(0.0123), cosine: Some(0.25), ..Health::default() };
+        let m = StepMetrics { health, ..metrics() };
+        assert!(m.to_string().contains(" | seq 128 | flips 1.23% | cos 0.250 | mem 412M"), "{m}");
+        let value: Value = serde_json::from_str(&m.to_json()).expect("JSON");
+        let found = ["scalar_mean", "flips", "cosine"].map(|key| value[key].as_f64());
+        assert_eq!((found, value.get("scalar_deviation")), ([Some(0.5), Some(0.0123), Some(0.25)], None));
     }
 
     #[test]

@@ -7,8 +7,11 @@ pub mod agreement;
 mod backprop;
 mod carried;
 pub mod checkpoint;
+mod codes;
 mod compare;
 mod driver;
+mod head;
+mod health;
 pub mod history;
 pub mod init;
 pub mod journal;
@@ -25,6 +28,7 @@ mod watch;
 pub mod weights;
 
 pub use driver::{Budget, Event, Measure, Outcome, Progress, Run, RunOptions, Writing};
+pub use health::{Health, Inspection};
 pub use schedule::{Decay, Schedule};
 pub use step::{Depths, Probed, Trainer};
 

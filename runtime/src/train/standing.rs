@@ -120,8 +120,8 @@ impl Standing {
         at
     }
 
-    /// Sets weights and optimizer memory: those of the checkpoint, then one update for each step of the trail. Steps along gradients are
-    /// computed again from `data`, and must have the losses of the journal. Returns the tensors of the checkpoint that nothing reads.
+    /// Sets weights and optimizer memory: those of the checkpoint, then one update for each step of the trail. Gradients that steps
+    /// follow are computed again from `data`, and must be those of the journal. Returns the tensors of the checkpoint that nothing reads.
     ///
     /// # Errors
     /// A checkpoint or a journal of another plan, damage, steps that need data where there are none, or a failure to execute.
@@ -150,6 +150,16 @@ impl Standing {
         let begin = s.position.checked_sub((rows * tokens) as u64);
         let begin = begin.ok_or_else(|| error(format!("step {} is recorded with a batch of another size", s.step)))?;
         let (batch, _) = data.next(begin, rows, tokens);
+        if trainer.is_hybrid() {
+            let (norm, recorded) = (trainer.head_gradient(&batch, s.step - 1)?, s.c.last().copied());
+            if recorded.map(f32::to_bits) == Some(norm.to_bits()) {
+                return Ok(());
+            }
+            return Err(error(format!(
+                "step {} has a gradient of the head of norm {norm} when it is computed again, the journal has {recorded:?}; resume with the program and the kind of processor that wrote it, or from a checkpoint without the journal",
+                s.step
+            )));
+        }
         let again = trainer.probe(&batch, s.step - 1)?;
         if again.loss.to_bits() == s.loss.to_bits() && again.c.first() == s.c.first() && again.loads == s.loads {
             return Ok(());

@@ -4,7 +4,9 @@
 
 use super::TrainError;
 use super::backprop::{self, BACKWARD};
+use super::codes::Codes;
 use super::compare;
+use super::head::HEAD;
 use super::paradigms::{Replan, Stage};
 use super::prefix::{self, Keeping, PREFIX, Prefix};
 use super::weights::WeightFile;
@@ -56,7 +58,8 @@ pub struct Probed {
     pub plus: Vec<f64>,
     /// Loss of every negative probe, in the same order.
     pub minus: Vec<f64>,
-    /// The scalars that the update is given; along a gradient its norm, and the share of the weight decay that counts.
+    /// The scalars that the update is given; along a gradient its norm, and the share of the weight decay that counts; at the end the norm of
+    /// the gradient of final norm and head, where they follow it.
     pub c: Vec<f32>,
     /// The loads of all routers that the update is given, one behind the other.
     pub loads: Vec<i32>,
@@ -75,7 +78,7 @@ impl Probed {
 /// The entry points of one training plan.
 #[derive(Debug)]
 pub struct Trainer {
-    exec: Executable,
+    pub(super) exec: Executable,
     /// How losses of probes are compared; nothing along a gradient.
     comparison: Option<Comparison>,
     seed: u64,
@@ -105,6 +108,10 @@ pub struct Trainer {
     prefix: Option<Prefix>,
     /// Rows that earlier stages found, of those that they asked for.
     found: (u64, u64),
+    /// Codes before an update, where they are counted.
+    pub(super) codes: Option<Codes>,
+    /// Whether final norm and head follow their gradient.
+    pub(super) head: bool,
 }
 
 impl Trainer {
@@ -145,6 +152,7 @@ impl Trainer {
         };
         let ports = plan.entry(UPDATE).map_or(&[][..], |e| &e.inputs);
         let loads = ports.iter().filter(|p| p.0.starts_with(LOAD)).map(|p| p.0.clone()).collect();
+        let head = comparison.is_some() && plan.entry(HEAD).is_some();
         Ok(Trainer {
             exec,
             comparison,
@@ -166,6 +174,8 @@ impl Trainer {
             fresh: false,
             prefix: None,
             found: (0, 0),
+            codes: None,
+            head,
         })
     }
 
@@ -227,8 +237,12 @@ impl Trainer {
         for weight in next.exec.plan().weights.clone() {
             let known = self.exec.plan().weights.iter().any(|w| w.name == weight.name && w.ty == weight.ty);
             if known {
-                let values = self.exec.weight_f32(&weight.name)?;
-                next.exec.set_weight(&weight.name, &weight.ty.dims, &values)?;
+                let (name, dims) = (&weight.name, &weight.ty.dims);
+                match weight.ty.dtype {
+                    DType::I8 => next.exec.set_weight(name, dims, self.exec.weight::<i8>(name)?)?,
+                    DType::U8 => next.exec.set_weight(name, dims, self.exec.weight::<u8>(name)?)?,
+                    _ => next.exec.set_weight(name, dims, &self.exec.weight_f32(name)?)?,
+                }
             }
         }
         next.found = self.found().unwrap_or_default();
@@ -267,6 +281,11 @@ impl Trainer {
 
     /// Whether a step cannot be repeated from its record alone, but from its batch.
     pub fn needs_data(&self) -> bool {
+        self.is_along_gradient() || self.head
+    }
+
+    /// Whether steps go along a gradient alone.
+    pub fn is_along_gradient(&self) -> bool {
         self.comparison.is_none()
     }
 
@@ -275,12 +294,12 @@ impl Trainer {
         (self.rows * self.parts, self.tokens)
     }
 
-    /// Tokens that go forward through the model in one step: each sign and direction is a pass.
+    /// Tokens that go forward through the model in one step: each sign and direction is a pass, and a gradient beside them one more.
     pub fn forward_tokens(&self) -> u64 {
         let passes = match self.comparison {
             Some(how) => compare::sizes(how, self.members, self.rows).1,
             None => self.parts * self.rows,
-        };
+        } + if self.head { self.rows } else { 0 };
         (passes * self.tokens) as u64
     }
 
@@ -300,9 +319,9 @@ impl Trainer {
     /// As for [`Trainer::step`].
     pub fn probe(&mut self, batch: &Batch, step: u64) -> Result<Probed, TrainError> {
         let entry = if self.comparison.is_some() { DUAL_LOSS } else { BACKWARD };
-        let drawn = match (input_type(self.exec.plan(), entry, DEPTH), self.depths) {
+        let drawn = match (input_type(self.exec.plan(), entry, DEPTH), self.drawn(batch, step)) {
             (Err(_), _) => None,
-            (Ok(_), Some(depths)) => Some(depths.draw(batch.batch, step as u32, self.seed)),
+            (Ok(_), Some(drawn)) => Some(drawn),
             (Ok(_), None) => {
                 return Err(TrainError::Plan(format!(
                     "`{entry}` takes a loop depth for every sequence, but its configuration does not say how to draw it; set looping.depth_selection"
@@ -345,13 +364,16 @@ impl Trainer {
         }
         let counts = batch.weights();
         let (plus, minus) = compare::sides(comparison, self.members, &losses, &counts);
-        let c = compare::coefficients(comparison, &plus, &minus);
+        let mut c = compare::coefficients(comparison, &plus, &minus);
+        if self.head {
+            c.push(self.head_gradient(batch, step)?);
+        }
         let loss = weighted(&losses, &counts);
         Ok(Probed { plus, minus, c, loads, loss })
     }
 
     /// Move the weights by the scalars and loads of [`Probed`]. Weights, optimizer memory and these numbers decide the result; along a
-    /// gradient, [`Trainer::probe`] must have left it, see [`Trainer::needs_data`].
+    /// gradient, [`Trainer::probe`] must have left it on the same batch, see [`Trainer::needs_data`].
     ///
     /// # Errors
     /// Numbers of another plan (the weights are then as they were), or a failure to execute.
@@ -371,7 +393,7 @@ impl Trainer {
         }
         self.choose(step)?;
         let (seed, word) = self.stream(step);
-        self.exec.set_input(self.update, "c", c)?;
+        self.exec.set_input(self.update, "c", self.of_directions(c))?;
         if self.comparison.is_some() {
             self.exec.set_input(self.update, "seed", &seed)?;
         }
@@ -396,8 +418,13 @@ impl Trainer {
         Ok(self.exec.run_entry(entry)?)
     }
 
+    /// The loop depth of every row of a batch in a step, where depths are drawn.
+    pub(super) fn drawn(&self, batch: &Batch, step: u64) -> Option<Vec<i32>> {
+        self.depths.map(|depths| depths.draw(batch.batch, step as u32, self.seed))
+    }
+
     /// The words that select the directions of a step.
-    fn stream(&self, step: u64) -> ([i32; 2], i32) {
+    pub(super) fn stream(&self, step: u64) -> ([i32; 2], i32) {
         let word = |w: u32| i32::from_ne_bytes(w.to_ne_bytes());
         ([self.seed as u32, (self.seed >> 32) as u32].map(word), word(step as u32))
     }
@@ -447,7 +474,7 @@ pub(super) fn weighted(losses: &[f64], counts: &[f64]) -> f64 {
     if total > 0.0 { sum / total } else { 0.0 }
 }
 
-fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(), TrainError> {
+pub(super) fn set_batch(exec: &mut Executable, entry: EntryId, batch: &Batch) -> Result<(), TrainError> {
     exec.set_input(entry, "tokens", &batch.tokens)?;
     exec.set_input(entry, "seg", &batch.seg)?;
     exec.set_input(entry, "labels", &batch.labels)?;

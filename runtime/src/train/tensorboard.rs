@@ -85,6 +85,7 @@ impl EventFile {
             Some(norm) => put("estimator/gradient_norm", norm),
             None => put("estimator/spread", m.spread),
         }
+        m.health.rows().into_iter().for_each(|(_, tag, x)| put(tag, x));
         put("learning_rate", m.lr);
         put("memory_megabytes", m.memory as f64 / f64::from(1 << 20));
         let mut event = self.event(Some(m.step));
@@ -136,6 +137,7 @@ fn varint(out: &mut Vec<u8>, mut x: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::health::Health;
     use crate::train::metrics::Validation;
 
     fn metrics(step: u64) -> StepMetrics {
@@ -147,6 +149,7 @@ mod tests {
             bits_per_byte: Some(5.0),
             ema: 3.25,
             spread: 0.125,
+            health: Health::default(),
             norm: None,
             agreement: None,
             codes: None,

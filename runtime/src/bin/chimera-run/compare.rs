@@ -234,7 +234,7 @@ impl Args {
             keep: 1,
             out: Some(self.folder(name)),
             resume: None,
-            watch: self.watch.clone(),
+            watch: self.watch.of(name),
             exec: self.exec.clone(),
             benchmark: false,
             turns: None,

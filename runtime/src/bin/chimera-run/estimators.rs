@@ -73,6 +73,8 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
             "group_size",
             "kappa",
             "sigma",
+            "hybrid_head",
+            "history",
         ],
     },
     EstimatorRow {
@@ -105,6 +107,8 @@ pub const ESTIMATORS: [EstimatorRow; 5] = [
             "distribution",
             "eps",
             "eps_rel",
+            "hybrid_head",
+            "history",
         ],
     },
     EstimatorRow {

@@ -55,9 +55,12 @@ pub struct HyperArgs {
     /// Probe size on vectors (perseq-lowrank) [default: 0.01]
     #[arg(long, env = "CHIMERA_SIGMA", value_parser = positive)]
     pub sigma: Option<f64>,
-    /// Decay of the running mean of estimates (--optimiser momentum, normalised, adam) or of the sum of gradients (--estimator sgd) [default: 0.9]
+    /// Decay of the running mean of estimates (--optimiser momentum, replay, normalised, adam) or of the sum of gradients (--estimator sgd) [default: 0.9]
     #[arg(long, env = "CHIMERA_MOMENTUM", value_parser = share)]
     pub momentum: Option<f64>,
+    /// Steps whose estimates are drawn again (--optimiser replay) [default: 50]
+    #[arg(long, env = "CHIMERA_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub history: Option<u32>,
     /// Step scale of vectors (normalised) [default: 0.02]
     #[arg(long, env = "CHIMERA_VEC_SCALE", value_parser = positive)]
     pub vec_scale: Option<f64>,
@@ -73,6 +76,9 @@ pub struct HyperArgs {
     /// Divide steps by the spread of the losses, FZOO (mezo)
     #[arg(long, env = "CHIMERA_SCALED", num_args = 0..=1, default_missing_value = "true")]
     pub scaled: Option<bool>,
+    /// Final norm and head follow their gradient, for one forward pass more, and all other weights the estimate (perseq-lowrank, mezo)
+    #[arg(long, env = "CHIMERA_HYBRID_HEAD", num_args = 0..=1, default_missing_value = "true")]
+    pub hybrid_head: Option<bool>,
     /// What directions of matrices are (mezo) [default: dense]
     #[arg(long, env = "CHIMERA_FAMILY")]
     pub family: Option<FamilyName>,
@@ -198,11 +204,17 @@ pub struct Hyper {
     pub kappa: f64,
     pub sigma: f64,
     pub momentum: f64,
+    /// Steps whose estimates are drawn again.
+    #[serde(default)]
+    pub history: u32,
     pub vec_scale: f64,
     pub mode: ModeName,
     pub directions: u32,
     pub one_sided: bool,
     pub scaled: bool,
+    /// Whether final norm and head follow their gradient.
+    #[serde(default)]
+    pub hybrid_head: bool,
     pub family: FamilyName,
     pub period: u32,
     pub mask: MaskName,
@@ -267,11 +279,13 @@ impl HyperArgs {
             kappa: self.kappa.unwrap_or(0.1),
             sigma: self.sigma.unwrap_or(0.01),
             momentum: self.momentum.unwrap_or(0.9),
+            history: self.history.unwrap_or(50),
             vec_scale: self.vec_scale.unwrap_or(0.02),
             mode: self.mode.unwrap_or(ModeName::Requantise),
             directions: self.directions.unwrap_or(1),
             one_sided: self.one_sided.unwrap_or(false),
             scaled: self.scaled.unwrap_or(false),
+            hybrid_head: self.hybrid_head.unwrap_or(false),
             family: self.family.unwrap_or(FamilyName::Dense),
             period: self.period.unwrap_or(50),
             mask: self.mask.unwrap_or(MaskName::Dense),
@@ -332,7 +346,19 @@ impl HyperArgs {
             unit
         );
         put!(directions, distribution, eps, eps_rel, weight_decay, only, seed, val_fraction);
-        put!(beta1, beta2, adam_eps, clip, accumulate, zero_gradient, kappa_gate, psi_bytes, state);
+        put!(
+            history,
+            hybrid_head,
+            beta1,
+            beta2,
+            adam_eps,
+            clip,
+            accumulate,
+            zero_gradient,
+            kappa_gate,
+            psi_bytes,
+            state
+        );
         out.extend(self.lr_decay.map(|d| ("lr_decay", serde_json::json!(d.name()))));
         out
     }
@@ -348,7 +374,7 @@ impl HyperArgs {
             };
         }
         keep!(optimiser momentum second vec_scale rank group_size kappa sigma mode directions one_sided scaled);
-        keep!(family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
+        keep!(history hybrid_head family period mask sparsity fisher mask_refresh unit distribution eps eps_rel);
         keep!(weight_decay beta1 beta2 adam_eps clip accumulate zero_gradient kappa_gate psi_bytes state);
         out
     }

@@ -68,6 +68,8 @@ pub enum OptimiserName {
     Sgd,
     /// A fading sum of estimates times the learning rate
     Momentum,
+    /// As momentum over the last --history steps, drawn again instead of kept
+    Replay,
     /// A running mean of estimates of unit size, relative to the size of the weight
     Normalised,
     /// Adam on the estimates
@@ -100,15 +102,17 @@ impl HyperArgs {
         };
         if let Some(optimiser) = hyper.optimiser.or(hyper.estimator.row().optimiser) {
             let unread = match optimiser {
-                OptimiserName::Sgd => &["momentum", "second", "vec_scale"][..],
-                OptimiserName::Momentum => &["second", "vec_scale"],
-                OptimiserName::Normalised => &["second"],
-                OptimiserName::Adam => &["vec_scale"],
+                OptimiserName::Sgd => &["momentum", "second", "vec_scale", "history"][..],
+                OptimiserName::Momentum => &["second", "vec_scale", "history"],
+                OptimiserName::Replay => &["second", "vec_scale"],
+                OptimiserName::Normalised => &["second", "history"],
+                OptimiserName::Adam => &["vec_scale", "history"],
             };
             match unread.iter().copied().find(|key| has(key)) {
                 Some("second") => return refuse("second", "--optimiser adam"),
                 Some("vec_scale") => return refuse("vec_scale", "--optimiser normalised"),
-                Some(key) => return refuse(key, "--optimiser momentum, normalised or adam"),
+                Some("history") => return refuse("history", "--optimiser replay"),
+                Some(key) => return refuse(key, "--optimiser momentum, replay, normalised or adam"),
                 None => {}
             }
         }
@@ -201,11 +205,13 @@ impl Hyper {
             optimiser: self.optimiser.map(|name| match name {
                 OptimiserName::Sgd => Optimiser::Sgd,
                 OptimiserName::Momentum => Optimiser::Momentum,
+                OptimiserName::Replay => Optimiser::Replay,
                 OptimiserName::Normalised => Optimiser::Normalised,
                 OptimiserName::Adam => Optimiser::Adam,
             }),
             second: self.second as f32,
             momentum: self.momentum as f32,
+            history: self.history as usize,
             vec_scale: self.vec_scale as f32,
             weight_decay: self.weight_decay as f32,
             balance: balance as f32,

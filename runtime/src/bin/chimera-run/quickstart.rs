@@ -22,7 +22,7 @@ use chimera_runtime::train::journal::{Header, Journal};
 use chimera_runtime::train::paradigms::Stages;
 use chimera_runtime::train::weights::WeightFile;
 use chimera_runtime::train::{
-    Budget, Decay, Event, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
+    Budget, Decay, Event, Inspection, Measure, Outcome, Progress, Run, RunOptions, Schedule, TrainError, Trainer, init,
 };
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -259,6 +259,7 @@ fn run_options(hyper: &Hyper, validation_rows: usize, folder: Option<PathBuf>) -
         save_every: 0,
         keep: 1,
         explosion: if folder.is_some() { EXPLOSION } else { 0.0 },
+        inspection: Inspection::default(),
         writing: None,
         folder,
     }

@@ -2,10 +2,12 @@
 //!
 //! Invariant: the first interrupt lets the running step end and its checkpoint be written; the second ends the process at once.
 
+use crate::estimators::Way;
 use crate::hyper::Hyper;
 use crate::memory::compile_within;
 use crate::options::{Failure, RunOptions};
 use crate::weights;
+use chimera_compiler::hybrid::HEAD;
 use chimera_compiler::{EntryKind, EntrySpec, Options};
 use chimera_frontends::config::ModelConfig;
 use chimera_frontends::layers::Depth;
@@ -14,6 +16,7 @@ use chimera_runtime::exec::Executable;
 use chimera_runtime::train::paradigms::{Replan, Stage};
 use chimera_runtime::train::{Depths, TrainError, Trainer};
 use signal_hook::consts::{SIGINT, SIGTERM};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -83,6 +86,21 @@ pub fn training_plan(
     stage_plan(config, hyper, Stage::default(), further, run)
 }
 
+/// Refuses a choice of weights that has none for the gradient, or none for the estimate.
+fn divided(names: &HashSet<String>) -> Result<(), Failure> {
+    let of_head = names.iter().filter(|name| HEAD.contains(&name.as_str())).count();
+    match of_head {
+        0 => Err(Failure::usage(format!(
+            "--only leaves out {}, so --hybrid-head has no meaning; leave it out or train one of them",
+            HEAD.join(" and ")
+        ))),
+        n if n == names.len() => Err(Failure::usage(
+            "--only leaves no weight to probe beside --hybrid-head; choose more weights, or --estimator adamw",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Rows that one measurement takes at a time; long sequences have as many as in training, as each has its state.
 pub fn measured_rows(hyper: &Hyper) -> usize {
     if hyper.phase.carries() { hyper.batch as usize } else { MEASURED_ROWS }
@@ -110,8 +128,11 @@ pub fn stage_plan(
     let (rows, tokens) = ((at.batch as usize).div_ceil(PREFIX_PARTS), at.seq_len as usize);
     entries.extend(cut.map(|_| EntrySpec { kind: EntryKind::Prefix, rows, tokens, depth: None }));
     entries.extend(further);
-    let (objective, carried) = (hyper.phase.objective(), hyper.phase.carries());
-    let options = Options { entries, objective, carried, trainable, cut, ..run.compile()? };
+    if let (true, Some(names)) = (hyper.hybrid_head, &trainable) {
+        divided(names)?;
+    }
+    let (objective, carried, hybrid) = (hyper.phase.objective(), hyper.phase.carries(), hyper.hybrid_head);
+    let options = Options { entries, objective, carried, hybrid, trainable, cut, ..run.compile()? };
     Ok(compile_within(config, options, run.budget, run.threads())?)
 }
 
@@ -169,8 +190,25 @@ pub fn training_entries(config: &ModelConfig, hyper: &Hyper) -> Vec<EntrySpec> {
     let rows_at_once = rows / hyper.accumulate as usize;
     let mut entries = vec![spec(first, rows_at_once), spec(update, rows), spec(EntryKind::Loss, measured_rows(hyper))];
     entries.extend(config.quantization.dynamic.as_ref().map(|_| spec(EntryKind::Adapt, rows)));
+    entries.extend(hyper.hybrid_head.then(|| spec(EntryKind::Head, rows)));
     entries.extend(hyper.choice().map(|kind| spec(kind, rows)));
     entries
+}
+
+/// The entry point that compares estimates with the gradient.
+///
+/// # Errors
+/// Steps that go along the gradient.
+pub fn cosine_entry(config: &ModelConfig, hyper: &Hyper) -> Result<EntrySpec, Failure> {
+    let (rows, tokens) = (hyper.batch as usize, hyper.seq_len as usize);
+    let depth = config.looping.as_ref().filter(|_| hyper.phase.compares()).map(|l| Depth::Fixed(l.default));
+    match hyper.way() {
+        Way::Probe(scheme) => Ok(EntrySpec { kind: EntryKind::Cosine(scheme), rows, tokens, depth }),
+        Way::Descend(_) => Err(Failure::usage(format!(
+            "--gradient-cosine has no meaning for the estimator {}, whose steps go along the gradient; leave it out",
+            hyper.estimator.text()
+        ))),
+    }
 }
 
 /// How the loop depths of training are drawn, if the configuration asks for that.

@@ -13,7 +13,7 @@ use crate::options::{Failure, ModelOptions, RunOptions as ExecArgs};
 use crate::paradigms::{self, ParadigmArgs};
 use crate::phases::{self, Course, Length, Phase, PhaseArgs, Start, reference, same_architecture};
 use crate::resume::{found, model_of, resumed, resuming, same_run};
-use crate::session::{Interrupt, Planner, stage_plan, training_entries};
+use crate::session::{Interrupt, Planner, cosine_entry, stage_plan, training_entries};
 use crate::watch::{Records, Reporter, WatchArgs, time};
 use crate::weights;
 use chimera_compiler::EntrySpec;
@@ -182,7 +182,7 @@ pub fn train(args: &Args, interrupt: &Interrupt) -> Result<(Outcome, PathBuf), F
     let planner = Planner {
         config: model.config.clone(),
         hyper: hyper.clone(),
-        further: args.watch.entries(),
+        further: further(&model, &hyper, args)?,
         run: args.exec.clone(),
     };
     let predicted = Prediction::of(&plan, &args.exec);
@@ -374,7 +374,15 @@ fn plan_of(model: &Model, hyper: &mut Hyper, stage: Stage, args: &Args) -> Resul
     if let (Source::Plan(_), Some(path)) = (&model.source, args.model.path()) {
         hyper.plan = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()));
     }
-    plan_with(model, hyper, &args.hyper, stage, args.watch.entries(), &args.exec)
+    plan_with(model, hyper, &args.hyper, stage, further(model, hyper, args)?, &args.exec)
+}
+/// Entry points that do not train.
+fn further(model: &Model, hyper: &Hyper, args: &Args) -> Result<Vec<EntrySpec>, Failure> {
+    let mut further = args.watch.entries();
+    if args.watch.gradient_cosine > 0 {
+        further.push(cosine_entry(&model.config, hyper)?);
+    }
+    Ok(further)
 }
 
 pub fn plan_with(
@@ -455,6 +463,7 @@ fn run_options(
         save_every: args.save_every,
         keep: usize::from(args.keep),
         explosion: args.watch.explosion,
+        inspection: args.watch.inspection(),
         writing,
         folder: Some(folder),
     })

@@ -2,6 +2,7 @@
 //!
 //! Invariant: nothing here changes a bit of the run.
 
+use crate::estimators::EstimatorName;
 use crate::options::Failure;
 use chimera_compiler::{EntryKind, EntrySpec};
 use chimera_runtime::generate::Settings;
@@ -9,7 +10,7 @@ use chimera_runtime::text::{Sampling, Vocab};
 use chimera_runtime::train::history::History;
 use chimera_runtime::train::metrics::{Log, Short, StepMetrics};
 use chimera_runtime::train::tensorboard::EventFile;
-use chimera_runtime::train::{Event, TrainError, Writing};
+use chimera_runtime::train::{Event, Inspection, TrainError, Writing};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{self, Write};
@@ -34,6 +35,12 @@ pub struct WatchArgs {
     /// Tokens of these texts
     #[arg(long, default_value_t = 64, env = "CHIMERA_SAMPLE_TOKENS", value_name = "N")]
     pub sample_tokens: u16,
+    /// Count the ternary codes that a step changes, every so many steps; 0 never does
+    #[arg(long, default_value_t = 1, env = "CHIMERA_FLIPS_EVERY", value_name = "N")]
+    pub flips_every: u64,
+    /// Compare the estimate with the gradient every so many steps, at the cost and with the memory of a backward pass; 0 never does
+    #[arg(long, default_value_t = 0, env = "CHIMERA_GRADIENT_COSINE", value_name = "EVERY")]
+    pub gradient_cosine: u64,
     /// Write TensorBoard event files into the folder of the run
     #[arg(long, env = "CHIMERA_TENSORBOARD")]
     pub tensorboard: bool,
@@ -65,6 +72,17 @@ impl WatchArgs {
         let sampling = Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() };
         let settings = Settings { sampling, max_tokens: self.sample_tokens.into(), ..Settings::default() };
         Ok(Some(Writing { every: self.sample_every, prompt: self.sample_prompt.clone(), settings }))
+    }
+
+    /// These options for an estimator; what its steps follow is not compared with the gradient where it is the gradient.
+    pub fn of(&self, estimator: EstimatorName) -> WatchArgs {
+        let gradient_cosine = if estimator.row().gradients { 0 } else { self.gradient_cosine };
+        WatchArgs { gradient_cosine, ..self.clone() }
+    }
+
+    /// What is looked at besides losses.
+    pub fn inspection(&self) -> Inspection {
+        Inspection { flips: self.flips_every, cosine: self.gradient_cosine }
     }
 
     /// The entry points that these texts need.

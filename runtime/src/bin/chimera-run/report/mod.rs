@@ -5,12 +5,14 @@
 mod chart;
 pub mod comparison;
 pub mod factors;
+mod health;
 
 use crate::options::Failure;
 use chart::{Labels, Mark, Series, chart, escape};
 use chimera_runtime::files::atomic::write_atomic;
 use chimera_runtime::train::history;
 use chimera_runtime::train::metrics::Log;
+use health::health;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::io::Write;
@@ -186,6 +188,7 @@ fn charts(out: &mut String, steps: &[Value], events: &[Value]) {
         let health = [series("root mean square of the probes' differences", &seconds, "spread", false)];
         out.push_str(&chart(time("Estimator: what the probes tell apart", "nats/token"), &health, &marks(&seconds)));
     }
+    health(out, steps, &seconds, &marks(&seconds));
     let rate = [series("learning rate", &seconds, "lr", false)];
     out.push_str(&chart(time("Learning rate", ""), &rate, &marks(&seconds)));
     let points = steps.iter().filter_map(|l| Some([seconds(l), number(l, "memory")? / f64::from(1 << 20)])).collect();
