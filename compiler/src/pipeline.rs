@@ -26,8 +26,7 @@ use crate::{
         mask::{self, masked},
     },
     fuse::{Decisions, fuse},
-    hybrid,
-    passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
+    passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, head, hoist::Prepare},
     rebuild::sweep,
     tuning::{self, Table, Tuning},
     update::{self, Quantised, Target, UpdateRule},
@@ -331,7 +330,7 @@ pub fn compile_observed(
         plan.options.push(("objective".to_owned(), format!("preference beta={beta}")));
     }
     if options.hybrid {
-        plan.options.push(("hybrid".to_owned(), hybrid::HEAD.join(" ")));
+        plan.options.push(("hybrid".to_owned(), head::HEAD.join(" ")));
     }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
@@ -389,7 +388,7 @@ fn targets(cfg: &ModelConfig, options: &Options) -> Vec<Target> {
         .into_iter()
         .filter(|p| wanted(&p.name))
         .map(|p| {
-            let exact = options.hybrid && hybrid::HEAD.contains(&p.name.as_str());
+            let exact = options.hybrid && head::HEAD.contains(&p.name.as_str());
             Target { name: p.name, dims: p.dims, kind: kind(p.kind), exact }
         })
         .collect()
@@ -419,7 +418,7 @@ fn stages(
         Some(set) => set.clone(),
         None => kinds.iter().filter(|(_, k)| **k != WeightKind::Buffer).map(|(n, _)| n.clone()).collect(),
     };
-    let probed = if options.hybrid { hybrid::below(&trainable) } else { trainable.clone() };
+    let probed = if options.hybrid { head::below(&trainable) } else { trainable.clone() };
     let budget = Budget(options.max_rewrites);
     let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };
     let mut prepare = Prepare::default();
@@ -445,7 +444,7 @@ fn stages(
                 true
             }
             EntryKind::Head => {
-                g = hybrid::graph(&g, &trainable).map_err(Stages::error("transform", name))?;
+                g = head::graph(&g, &trainable).map_err(Stages::error("transform", name))?;
                 true
             }
             EntryKind::Backward { accumulate } => {

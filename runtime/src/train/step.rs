@@ -97,7 +97,7 @@ pub struct Trainer {
     /// Parts in which a batch goes through the model.
     parts: usize,
     /// Codes before an update, where they are counted.
-    pub(super) codes: Option<Codes>,
+    pub(super) codes: Option<Box<Codes>>,
     /// Whether final norm and head follow their gradient.
     pub(super) head: bool,
 }

@@ -5,7 +5,7 @@
 use crate::estimators::Way;
 use crate::hyper::Hyper;
 use crate::options::{Failure, RunOptions};
-use chimera_compiler::hybrid::HEAD;
+use chimera_compiler::passes::head::HEAD;
 use chimera_compiler::{EntryKind, EntrySpec, Options, compile};
 use chimera_frontends::config::{ModelConfig, parameters};
 use chimera_frontends::layers::Depth;
