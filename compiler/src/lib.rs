@@ -8,7 +8,6 @@ pub mod cosine;
 pub mod descend;
 pub mod estimators;
 mod fuse;
-pub mod hybrid;
 pub mod inspect;
 pub mod memory;
 pub mod optimisers;

@@ -26,8 +26,7 @@ use crate::{
         mask::{self, masked},
     },
     fuse::{Decisions, fuse},
-    hybrid,
-    passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, hoist::Prepare},
+    passes::{Budget, COMBINE, Pass, SIMPLIFY, STAGES, dual, grad, head, hoist::Prepare},
     quantiser,
     rebuild::sweep,
     update::{self, Quantised, Target},
@@ -182,7 +181,7 @@ pub fn compile_observed(
         plan.options.push(("quantiser".to_owned(), numbers));
     }
     if options.hybrid {
-        plan.options.push(("hybrid".to_owned(), hybrid::HEAD.join(" ")));
+        plan.options.push(("hybrid".to_owned(), head::HEAD.join(" ")));
     }
     for spec in &options.entries {
         plan.options.push((spec.kind.name().to_owned(), spec.to_string()));
@@ -246,7 +245,7 @@ fn targets(cfg: &ModelConfig, options: &Options) -> Vec<Target> {
         .into_iter()
         .filter(|p| wanted(&p.name))
         .map(|p| {
-            let exact = options.hybrid && hybrid::HEAD.contains(&p.name.as_str());
+            let exact = options.hybrid && head::HEAD.contains(&p.name.as_str());
             Target { name: p.name, dims: p.dims, kind: kind(p.kind), exact }
         })
         .collect()
@@ -278,7 +277,7 @@ fn stages(
         Some(set) => set.iter().filter(|n| estimated(n)).cloned().collect(),
         None => kinds.keys().filter(|n| estimated(n)).cloned().collect(),
     };
-    let probed = if options.hybrid { hybrid::below(&trainable) } else { trainable.clone() };
+    let probed = if options.hybrid { head::below(&trainable) } else { trainable.clone() };
     let budget = Budget(options.max_rewrites);
     let mut stages = Stages { options, observer, budget, n: 0, text: String::new() };
     let mut prepare = Prepare::default();
@@ -304,7 +303,7 @@ fn stages(
                 true
             }
             EntryKind::Head => {
-                g = hybrid::graph(&g, &trainable).map_err(Stages::error("transform", name))?;
+                g = head::graph(&g, &trainable).map_err(Stages::error("transform", name))?;
                 true
             }
             EntryKind::Backward { accumulate } => {

@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 
 use chimera_compiler::{
-    EntryKind, EntrySpec, Mode, Optimiser, Options, PerSequence, Scheme, Shared, UpdateRule, compile, hybrid::HEAD,
+    EntryKind, EntrySpec, Mode, Optimiser, Options, PerSequence, Scheme, Shared, UpdateRule, compile,
+    passes::head::HEAD,
 };
 use chimera_frontends::config::{ModelConfig, Overrides, ParamKind, Scale, parameters, preset};
 use chimera_runtime::{

@@ -8,6 +8,7 @@ mod cse;
 pub mod dual;
 mod fold;
 pub mod grad;
+pub mod head;
 pub mod hoist;
 pub mod recompute;
 

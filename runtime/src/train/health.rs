@@ -104,7 +104,7 @@ impl Trainer {
     /// When execution fails.
     pub fn keep_codes(&mut self) -> Result<(), TrainError> {
         if self.codes.is_none() {
-            self.codes = Codes::of(self.exec.plan());
+            self.codes = Codes::of(self.exec.plan()).map(Box::new);
         }
         self.codes.as_mut().map_or(Ok(()), |codes| codes.keep(&mut self.exec))
     }

@@ -109,7 +109,7 @@ pub struct Trainer {
     /// Rows that earlier stages found, of those that they asked for.
     found: (u64, u64),
     /// Codes before an update, where they are counted.
-    pub(super) codes: Option<Codes>,
+    pub(super) codes: Option<Box<Codes>>,
     /// Whether final norm and head follow their gradient.
     pub(super) head: bool,
 }

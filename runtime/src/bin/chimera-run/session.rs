@@ -7,7 +7,7 @@ use crate::hyper::Hyper;
 use crate::memory::compile_within;
 use crate::options::{Failure, RunOptions};
 use crate::weights;
-use chimera_compiler::hybrid::HEAD;
+use chimera_compiler::passes::head::HEAD;
 use chimera_compiler::{EntryKind, EntrySpec, Options};
 use chimera_frontends::config::ModelConfig;
 use chimera_frontends::layers::Depth;
