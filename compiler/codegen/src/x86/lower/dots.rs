@@ -25,7 +25,7 @@ fn steps(codes: &Expr, body: &[Stmt]) -> i64 {
     }
     let most = match value {
         Expr::Bin(Bin::And, _, mask) => match *mask {
-            Expr::I32(mask) => mask.to_le_bytes().iter().map(|&b| i64::from(b as u8) * 2 / 3).fold(1, i64::max),
+            Expr::I32(mask) => mask.to_le_bytes().iter().map(|&b| i64::from(b) * 2 / 3).fold(1, i64::max),
             _ => CODE,
         },
         _ => CODE,
