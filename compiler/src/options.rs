@@ -141,7 +141,7 @@ pub struct Options {
     /// Ternary weights that are given as codes and scales instead of latents, by name; all experts of a layer together under the name
     /// of their stack. Forward passes only.
     pub packed: HashSet<String>,
-    /// Stop behind the stage of that name, see [`STAGES`].
+    /// Stop behind the stage of that name, see [`STAGES`](crate::passes::STAGES).
     pub stop_after: Option<String>,
     /// Write every stage's graph into this folder.
     pub dump: Option<PathBuf>,
