@@ -1,6 +1,6 @@
 //! The walk over the steps of an entry point.
 //!
-//! A split grid is cut into contiguous ranges, one for each worker, the same ones every time; who is done helps others, see [`Shares`].
+//! A split grid is cut into contiguous ranges, one for each worker, the same ones every time; who is done helps others, see `shares`.
 
 use super::program::Action;
 use super::trace::Trace;
