@@ -33,17 +33,7 @@ def main():
     sizes, rows = model.SCALES["nano"]
     cfg = model.config(ref, "nano", sizes)
     cfg["vocab_size"] = BYTES
-    net = ref.Chimera(cfg, ref.init_params(cfg, 0))
-    names, kinds = model.trained(ref, cfg, net)
-    weights_of = model.weights_of(torch, ref, cfg)
-    matrices = [n for n in names if kinds[n] == "bit"]
-    for n in names:
-        net.params[n].requires_grad_()
-    groups = [
-        {"params": [net.params[n] for n in matrices], "weight_decay": 0.1},
-        {"params": [net.params[n] for n in names if kinds[n] != "bit"], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), fused=True)
+    train_step, measure, optimiser = model.adamw(torch, ref, cfg, PEAK)
     read = lambda path: torch.from_numpy(numpy.fromfile(path, dtype="<u2").astype("int64"))
     train, held = read(args.train), read(args.held)
     generator = torch.Generator().manual_seed(2)
@@ -52,14 +42,8 @@ def main():
     apart = max(1, (len(held) - width) // MEASURED)
     measured = cut(held, range(0, len(held) - width, apart)[:MEASURED])
 
-    def hats():
-        with torch.no_grad():
-            return {n: model.dense(torch, ref, net.params[n]) for n in matrices}
-
     def bits():
-        with torch.no_grad():
-            weights = weights_of(net.params, hats())
-            parts = [model.loss(torch, net, weights, part[:, :-1], part[:, 1:]).item() for part in measured.split(rows)]
+        parts = [measure(part[:, :-1], part[:, 1:]) for part in measured.split(rows)]
         return sum(parts) / len(parts) / math.log(2)
 
     spent, shown = 0.0, 0
@@ -70,12 +54,7 @@ def main():
             group["lr"] = rate
         ids = cut(train, torch.randint(0, len(train) - width, (rows,), generator=generator).tolist())
         start = time.perf_counter()
-        through = {n: net.params[n] + (hat - net.params[n]).detach() for n, hat in hats().items()}
-        optimiser.zero_grad(set_to_none=True)
-        loss = model.loss(torch, net, weights_of(net.params, through), ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([net.params[n] for n in names], 1.0)
-        optimiser.step()
+        train_step(ids[:, :-1], ids[:, 1:])
         spent += time.perf_counter() - start
         while spent >= args.seconds * (shown + 1) / POINTS:
             shown += 1

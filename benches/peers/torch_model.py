@@ -70,3 +70,39 @@ def trained(ref, cfg, net):
     """Names of the parameters that are trained, and the kinds of all."""
     kinds = {name: kind for name, (_, kind) in ref.parameter_shapes(cfg).items()}
     return [name for name in net.params if kinds[name] != "buf"], kinds
+
+
+def adamw(torch, ref, cfg, rate, loss_of=loss):
+    """The model with AdamW and straight-through ternary matrices: `step(tokens, labels)` trains one step and returns the loss,
+    `measure(tokens, labels)` gives the loss alone, and the optimiser has the learning rate."""
+    net = ref.Chimera(cfg, ref.init_params(cfg, 0))
+    names, kinds = trained(ref, cfg, net)
+    weights = weights_of(torch, ref, cfg)
+    matrices = [n for n in names if kinds[n] == "bit"]
+    for n in names:
+        net.params[n].requires_grad_()
+    groups = [
+        {"params": [net.params[n] for n in matrices], "weight_decay": 0.1},
+        {"params": [net.params[n] for n in names if kinds[n] != "bit"], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+    def hats():
+        with torch.no_grad():
+            return {n: dense(torch, ref, net.params[n]) for n in matrices}
+
+    def step(tokens, labels):
+        # Gradients pass as if the matrix were the latent.
+        through = {n: net.params[n] + (hat - net.params[n]).detach() for n, hat in hats().items()}
+        optimiser.zero_grad(set_to_none=True)
+        found = loss_of(torch, net, weights(net.params, through), tokens, labels)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_([net.params[n] for n in names], 1.0)
+        optimiser.step()
+        return found.item()
+
+    def measure(tokens, labels):
+        with torch.no_grad():
+            return loss(torch, net, weights(net.params, hats()), tokens, labels).item()
+
+    return step, measure, optimiser

@@ -11,31 +11,12 @@ import torch_model as model
 
 def step(torch, ref, cfg, rows, compiled):
     """A function that trains one step."""
-    net = ref.Chimera(cfg, ref.init_params(cfg, 0))
-    names, kinds = model.trained(ref, cfg, net)
-    weights_of = model.weights_of(torch, ref, cfg)
+    train, _, _ = model.adamw(torch, ref, cfg, 1e-4, torch.compile(model.loss) if compiled else model.loss)
     tokens, labels = model.data(torch, rows)
-    for n in names:
-        net.params[n].requires_grad_()
-    matrices = [n for n in names if kinds[n] == "bit"]
-    groups = [
-        {"params": [net.params[n] for n in matrices], "weight_decay": 0.1},
-        {"params": [net.params[n] for n in names if kinds[n] != "bit"], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    loss_of = torch.compile(model.loss) if compiled else model.loss
 
     def run():
-        with torch.no_grad():
-            hats = {n: model.dense(torch, ref, net.params[n]) for n in matrices}
-        # Gradients pass as if the matrix were the latent.
-        through = {n: net.params[n] + (hat - net.params[n]).detach() for n, hat in hats.items()}
-        optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(torch, net, weights_of(net.params, through), tokens, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([net.params[n] for n in names], 1.0)
-        optimiser.step()
-        assert 0.0 < loss.item() < 100.0, f"a loss of {loss.item()}"
+        loss = train(tokens, labels)
+        assert 0.0 < loss < 100.0, f"a loss of {loss}"
 
     return run
 
